@@ -1,6 +1,7 @@
 """Errors that a person meets: *what = value: expected ..., because ...; try ...*.
 
-Every command catches `TesseraError` at its edge, prints the one line and leaves with `exit_code`; a traceback is a defect.
+Every command catches `TesseraError` at its edge, prints the one line and leaves with `exit_code`; a traceback is a
+defect.
 """
 
 from typing import ClassVar
@@ -25,7 +26,8 @@ class DataError(TesseraError, ValueError):
 
 
 class ParityError(TesseraError, ValueError):
-    """`parity` was asked for something that it cannot do: unknown subject, broken adapter, unusable report directory."""
+    """`parity` was asked for something that it cannot do: unknown subject, broken adapter, unusable report
+    directory."""
 
 
 class MissingDependency(TesseraError, ImportError):

@@ -67,7 +67,9 @@ class DistilOptions:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0.0:
-            raise SpecError(f"temperature = {self.temperature}: expected > 0, because logits are divided by it; try 1.0")
+            raise SpecError(
+                f"temperature = {self.temperature}: expected > 0, because logits are divided by it; try 1.0"
+            )
         for name in ("beta", "alpha", "hard_weight"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
@@ -105,6 +107,10 @@ class AdamWOptions:
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise SpecError(f"{name} = {getattr(self, name)}: expected 0 <= beta < 1, because it is a decay; try 0.9")
+                raise SpecError(
+                    f"{name} = {getattr(self, name)}: expected 0 <= beta < 1, because it is a decay; try 0.9"
+                )
         if self.clip_norm is not None and not self.clip_norm > 0.0:
-            raise SpecError(f"clip_norm = {self.clip_norm}: expected > 0 or None, because gradients are scaled to it; try 1.0")
+            raise SpecError(
+                f"clip_norm = {self.clip_norm}: expected > 0 or None, because gradients are scaled to it; try 1.0"
+            )

@@ -46,6 +46,11 @@ class RopeSpec:
                 f"rope.original_max_positions = {self.original_max_positions}: expected a positive length, because "
                 f"{self.scaling} scaling is relative to the context before extension; try the pre-training context"
             )
+        if self.scaling == "yarn" and not self.theta > 1.0:
+            raise SpecError(
+                f"rope.theta = {self.theta}: expected > 1 with yarn, because dimensions are found by a logarithm to that base; "
+                "try 10000.0"
+            )
         if self.scaling == "llama3" and not self.high_freq_factor > self.low_freq_factor:
             raise SpecError(
                 f"rope.high_freq_factor = {self.high_freq_factor}, low_freq_factor = {self.low_freq_factor}: expected "

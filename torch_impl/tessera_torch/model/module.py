@@ -1,0 +1,59 @@
+"""The native face: a `torch.nn.Module` over the same functions, for users of torch alone."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from tessera_shared.numerics import Numerics
+from tessera_shared.spec import ModelSpec
+from tessera_torch.model.dtypes import dtype_of
+from tessera_torch.model.params import Params
+from tessera_torch.model.transformer import forward
+
+
+class TesseraModel(nn.Module):
+    """A decoder whose `state_dict` has the tensor table's names, hence Hugging Face's; a tied unembedding is not in it.
+
+    Parameters are copies of `params` in the policy's parameter dtype. Train it as any module:
+    `loss = cross_entropy(model(ids).flatten(0, 1), labels.flatten()); loss.backward(); optimizer.step()`.
+    """
+
+    def __init__(self, spec: ModelSpec, numerics: Numerics, params: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.numerics = numerics
+        for name, tensor in params.items():
+            *path, leaf = name.split(".")
+            weight = tensor.detach().to(dtype_of(numerics.param), copy=True)
+            _child(self, path).register_parameter(leaf, nn.Parameter(weight))
+
+    def forward(
+        self,
+        token_ids_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """Return logits; see `tessera_torch.model.transformer.forward`."""
+        return forward(
+            self.params(),
+            token_ids_BT,
+            spec=self.spec,
+            numerics=self.numerics,
+            positions_BT=positions_BT,
+            segments_BT=segments_BT,
+            recompute=recompute,
+        )
+
+    def params(self) -> Params:
+        """Return the live parameters by name, ready for the functions of this half."""
+        return dict(self.named_parameters())
+
+
+def _child(module: nn.Module, path: list[str]) -> nn.Module:
+    for name in path:
+        if name not in module._modules:
+            module.add_module(name, nn.Module())
+        module = module.get_submodule(name)
+    return module

@@ -1,0 +1,1 @@
+"""Training: the optimizer, one step, and what shards and drives it."""
