@@ -1,0 +1,121 @@
+"""`parity run`: the harness itself."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from tessera_parity import store as stores
+from tessera_parity.processes import settle_process
+from tessera_parity.result import EXIT_CODES
+from tessera_parity.subjects.context import DEFAULT, FULL, QUICK
+from tessera_shared.errors import ParityError
+
+
+def run(
+    subjects: Annotated[list[str] | None, typer.Argument(help="What to compare; default: all of the lane.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="About a minute on two cores.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Many more cases, all planted bugs, shrinking.")] = False,
+    model: Annotated[str | None, typer.Option(help="Preset or Hugging Face directory for subject `model`.")] = None,
+    against: Annotated[str | None, typer.Option(help="`hf`: transformers as third witness.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="Working dtype of the rounding question; default: the lane's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every generated case.")] = 0,
+    cases: Annotated[int | None, typer.Option(min=1, help="Cases per subject instead of the lane's.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Directory of the results.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run.")] = None,
+    only_half: Annotated[str | None, typer.Option(help="torch or jax: one half against the oracle.")] = None,
+) -> None:
+    """Compare the halves with each other and the oracle, then prove that the comparison can fail."""
+    if resume is not None:
+        store, explicit = stores.reopen(resume), False
+    else:
+        settings, explicit = _settings(
+            subjects or [], quick, full, model, against, device, dtype, seed, cases, only_half
+        )
+        store = stores.create(report or stores.default_directory(seed), settings)
+    _go(store, explicit=explicit)
+
+
+def _settings(
+    subjects: list[str],
+    quick: bool,
+    full: bool,
+    model: str | None,
+    against: str | None,
+    device: str,
+    dtype: str | None,
+    seed: int,
+    cases: int | None,
+    only_half: str | None,
+) -> tuple[stores.Settings, bool]:
+    """Check what was asked for before any work."""
+    from tessera_parity.runner import chosen_subjects
+    from tessera_shared.numerics import numerics_for
+
+    if quick and full:
+        raise ParityError("--quick with --full: expected one of them, because they are two lanes; try --quick")
+    if against not in (None, "hf"):
+        raise ParityError(
+            f"against = {against!r}: expected 'hf', because transformers is the only witness; try --against hf"
+        )
+    if only_half not in (None, "torch", "jax"):
+        raise ParityError(f"only-half = {only_half!r}: expected torch or jax, because these are the halves; try torch")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ParityError(f"device = {device!r}: expected cpu or cuda, because both halves run there; try --device cpu")
+    if dtype is not None:
+        numerics_for(dtype)
+    lane = QUICK if quick else FULL if full else DEFAULT
+    chosen, left_out = chosen_subjects(subjects, lane=lane, against_hf=against == "hf", model=model)
+    settings = stores.Settings(
+        subjects=tuple(subject.name for subject in chosen),
+        lane=lane,
+        seed=seed,
+        cases=cases,
+        dtype=dtype,
+        device=device,
+        model=model,
+        only_half=only_half,
+        left_out=tuple(left_out),
+    )
+    return settings, bool(subjects)
+
+
+def _go(store: stores.Store, *, explicit: bool) -> None:
+    """Execute, report, and leave with the verdict's exit code."""
+    from tessera_parity.report import write_reports
+    from tessera_parity.runner import execute
+    from tessera_parity.terminal import print_run
+
+    console = Console()
+    settle_process()
+    try:
+        with _progress() as advance:
+            result = execute(store, advance=advance, explicit=explicit)
+    except KeyboardInterrupt:
+        print(
+            f"interrupted: {len(store.checks)} checks are in {store.directory}; "
+            f"go on with: parity run --resume {store.directory}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+    write_reports(result, store.directory)
+    print_run(result, store.directory, console)
+    raise typer.Exit(EXIT_CODES[result.verdict])
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A spinner with what is being done, on standard error, where a person watches."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting")
+        yield lambda what: progress.update(task, description=what)

@@ -1,0 +1,194 @@
+"""Run subjects in order, keep every check at once, then prove that the harness can fail and that it does not cry
+wolf."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from importlib.util import find_spec
+
+from tessera_parity import environment
+from tessera_parity.halves import Half
+from tessera_parity.loading import load_half
+from tessera_parity.report.summary import over_limit
+from tessera_parity.result import Check, MutantOutcome, Question, Run, Verdict
+from tessera_parity.store import Settings, Store
+from tessera_parity.subjects import SUBJECTS
+from tessera_parity.subjects.context import FULL, QUICK, Context, Subject
+from tessera_shared.errors import MissingDependency, ParityError
+
+NOT_IN_QUICK = {"witness": "not in the quick lane, it imports transformers; try --against hf"}
+"""Subjects that the quick lane leaves out, and why."""
+
+RERUN = ("forward", "optimizer", "block", "gradients", "losses", "ops")
+"""Subjects that are run again on other seeds to measure false alarms."""
+
+RERUN_SECONDS = {QUICK: 4.0, "default": 20.0, FULL: 60.0}
+RERUN_LIMIT = {QUICK: 12, "default": 60, FULL: 300}
+
+Advance = Callable[[str], None]
+
+
+def subjects_named(names: Sequence[str]) -> list[Subject]:
+    """Return subjects by name, in the order of `SUBJECTS`. Raises `ParityError` with suggestions for an unknown one."""
+    known = {subject.name: subject for subject in SUBJECTS}
+    for name in names:
+        if name not in known:
+            close = get_close_matches(name, known, n=2, cutoff=0.4) or list(known)[:3]
+            raise ParityError(
+                f"subject = {name!r}: expected one of {', '.join(known)}, because these are what is compared; "
+                f"try {' or '.join(close)}"
+            )
+    return [subject for subject in SUBJECTS if subject.name in names]
+
+
+def chosen_subjects(
+    names: Sequence[str], *, lane: str, against_hf: bool, model: str | None = None
+) -> tuple[list[Subject], list[str]]:
+    """Return what to run, and one line for every subject that this run leaves out. No name means all of the lane."""
+    if "model" in names and model is None:
+        raise ParityError(
+            "subject = 'model' without --model: expected a preset or directory, because that is what it compares; "
+            "try --model nano"
+        )
+    if names:
+        return subjects_named([*names, *(["witness"] if against_hf else [])]), []
+    left_out = {name: why for name, why in NOT_IN_QUICK.items() if lane == QUICK and not against_hf}
+    left_out |= {"model": "no --model was given"} if model is None else {}
+    chosen = [subject for subject in SUBJECTS if subject.name not in left_out]
+    return chosen, [f"subject {name}: {why}" for name, why in left_out.items()]
+
+
+def make_context(settings: Settings, advance: Advance) -> tuple[Context, list[str]]:
+    """Load the halves. Returns the context and a line for every half that is not there.
+
+    Raises `MissingDependency` when no framework is installed, or not the one asked for.
+    """
+    halves: dict[str, Half | None] = {"torch": None, "jax": None}
+    left_out = []
+    for name in halves:
+        if settings.only_half not in (None, name):
+            left_out.append(f"half {name}: --only-half {settings.only_half}")
+        elif find_spec(name) is None and settings.only_half is None:
+            left_out.append(f"half {name}: the package {name} is not installed")
+        else:
+            advance(f"loading {name}")
+            halves[name] = load_half(name, device=settings.device)
+    if halves["torch"] is None and halves["jax"] is None:
+        raise MissingDependency(
+            "halves = none: expected torch or jax, because there is nothing to hold against the oracle; "
+            "try installing tessera-testbed[torch] or tessera-testbed[jax]"
+        )
+    context = Context(
+        numpy=load_half("numpy"),
+        torch=halves["torch"],
+        jax=halves["jax"],
+        seed=settings.seed,
+        lane=settings.lane,
+        cases=settings.cases,
+        dtype=settings.dtype,
+        device=settings.device,
+        model=settings.model,
+        advance=advance,
+    )
+    return context, left_out
+
+
+def execute(store: Store, *, advance: Advance, explicit: bool = False, proof: bool = True) -> Run:
+    """Run what `store.settings` asks for and is not finished, then the proof; return the whole run.
+
+    `explicit`: the user named the subjects, so a missing package is an error instead of a line in `left_out`. A
+    `KeyboardInterrupt` passes through; the store then holds everything that was seen.
+    """
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    settings = store.settings
+    context, left_out = make_context(settings, advance)
+    run = Run(
+        lane=settings.lane,
+        seed=settings.seed,
+        environment=environment.describe(torch=context.torch is not None, jax=context.jax is not None),
+        checks=store.checks,
+        left_out=[*settings.left_out, *left_out],
+        started=started,
+    )
+    for subject in subjects_named(settings.subjects):
+        if subject.name not in store.finished:
+            run.left_out += _run_subject(subject, context, store, explicit=explicit)
+    if proof:
+        advance("planting bugs")
+        prove(context, run, store)
+        advance("repeating clean runs")
+        run.false_alarm_runs, run.false_alarm_rate = false_alarms(context, settings)
+    run.seconds = time.perf_counter() - clock
+    return run
+
+
+def _run_subject(subject: Subject, context: Context, store: Store, *, explicit: bool) -> list[str]:
+    """Run one subject into the store; return what it had to leave out."""
+    clock = time.perf_counter()
+    count = 0
+    try:
+        for check in subject.run(context):
+            now = time.perf_counter()
+            store.append(replace(check, seconds=now - clock))
+            clock, count = now, count + 1
+    except MissingDependency as error:
+        if explicit:
+            raise
+        return [f"subject {subject.name}: {error}"]
+    if count == 0:
+        raise ParityError(
+            f"subject = {subject.name}: gave 0 checks: expected at least one, because agreement about nothing is not parity; "
+            "try more cases"
+        )
+    store.finish(subject.name)
+    return []
+
+
+def prove(context: Context, run: Run, store: Store) -> None:
+    """Plant bugs (`tessera_parity.mutants`), and add their outcomes and the clean side of the same battery to `run`."""
+    from tessera_parity.mutants.engine import prove_all
+
+    proof = prove_all(context)
+    run.mutants = proof.outcomes
+    run.left_out += proof.left_out
+    for check in [*proof.clean, _applied(proof.outcomes, proof.not_applied)]:
+        store.append(check)
+
+
+def _applied(outcomes: Sequence[MutantOutcome], not_applied: Sequence[str]) -> Check:
+    """A planted bug whose source moved away would count as looked for: the run is red."""
+    return Check(
+        subject="mutants",
+        name="planted bugs apply exactly once",
+        question=Question.EXACT,
+        sides=("harness",),
+        verdict=Verdict.DIVERGENCE if not_applied or not outcomes else Verdict.PARITY,
+        cases=len(outcomes),
+        compared=len(outcomes),
+        observed=float(len(not_applied)),
+        limit=0.0,
+        unit="patches that no longer fit the source",
+        detail=", ".join(not_applied[:5]) or ("" if outcomes else "no bug was planted"),
+    )
+
+
+def _quiet(what: str) -> None:
+    del what
+
+
+def false_alarms(context: Context, settings: Settings) -> tuple[int, float | None]:
+    """Run clean subjects again on other seeds while the lane's time lasts; return (runs, share flagged).
+
+    One run is one subject on one new seed with a few cases. Nothing is planted, so every flag is a false alarm.
+    """
+    clock, flagged, runs = time.perf_counter(), 0, 0
+    known = {subject.name: subject for subject in SUBJECTS}
+    seconds, limit = RERUN_SECONDS[settings.lane], RERUN_LIMIT[settings.lane]
+    while runs < limit and time.perf_counter() - clock < seconds:
+        name = RERUN[runs % len(RERUN)]
+        again = replace(context, seed=context.seed + 1_000_003 * (runs + 1), cases=1, advance=_quiet)
+        flagged += any(over_limit(check) > 1.0 for check in known[name].run(again))
+        runs += 1
+    return runs, flagged / runs if runs else None
