@@ -1,0 +1,139 @@
+"""Questions 1 and 2 on an NVIDIA GPU: generated cases, then real shapes. Writes a dated report with hardware and
+versions.
+
+    python benchmarks/gpu_lane.py [--out DIR] [--calibrate]
+
+Every part is a `parity` command line that a person could type; this file only chooses them, times them and collects
+what they print. Both sides run without TF32 and without reduced-precision bfloat16 sums (`tessera_parity.environment`
+records it).
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("shared", "kernels", "torch_impl", "jax_impl", "parity")
+
+GENERATED = ("ops", "block", "forward", "losses", "gradients", "optimizer", "rounding")
+SHAPES = ("tiny", "qwen3-0.6b")
+
+
+def main() -> int:
+    """Run the parts, write the report, return the worst exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "reports", help="where the report is written")
+    parser.add_argument("--calibrate", action="store_true", help="first measure the legal variants on this device")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script itself")
+    options = parser.parse_args()
+    gpu = gpu_name() if options.device == "cuda" else "none (dry run on the CPU)"
+    if gpu is None:
+        print(
+            "gpu = none: expected an NVIDIA GPU that torch can see, because this lane measures it; try make parity",
+            file=sys.stderr,
+        )
+        return 4
+    options.out.mkdir(parents=True, exist_ok=True)
+    day = datetime.now(UTC).strftime("%Y-%m-%d")
+    slug = "".join(c if c.isalnum() else "-" for c in gpu.lower()).strip("-")
+    parts = [part(name, arguments, options.out / f"{day}_{slug}_{name}") for name, arguments in plan(options)]
+    report = options.out / f"{day}_parity_{slug}.md"
+    report.write_text(written(gpu, parts), encoding="utf-8")
+    print(report.read_text(encoding="utf-8"))
+    return max(result["exit"] for result in parts)
+
+
+def plan(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """Return (name, arguments of `parity`) for each part."""
+    where = ["--device", options.device]
+    parts = [("calibrate", ["calibrate", *where])] if options.calibrate else []
+    parts.append(("generated", ["run", *GENERATED, *where]))
+    parts += [(shape.replace(".", "-"), ["run", "model", "--model", shape, *where]) for shape in SHAPES]
+    return parts
+
+
+def part(name: str, arguments: list[str], folder: Path) -> dict[str, object]:
+    """Run one `parity` command line; keep its exit code, seconds and the lines that it printed."""
+    command = [sys.executable, "-m", "tessera_parity", *arguments]
+    scratch = Path(os.environ.get("TMPDIR", "/tmp")) / folder.name
+    if arguments[0] == "run":
+        command += ["--report", str(scratch)]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(str(ROOT / room) for room in ROOMS),
+        "PYTHONSAFEPATH": "1",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # two frameworks share one GPU
+        "COLUMNS": "110",
+    }
+    print(f"== {name}: parity {' '.join(arguments)}", flush=True)
+    clock = time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+    seconds = time.perf_counter() - clock
+    print(done.stdout[-6000:], done.stderr[-3000:], f"exit {done.returncode}, {seconds:.0f} s", sep="\n", flush=True)
+    return {
+        "name": name,
+        "command": "parity " + " ".join(arguments),
+        "exit": done.returncode,
+        "seconds": seconds,
+        "printed": (done.stdout if done.returncode in (0, 1, 3) else done.stderr).strip(),
+        "largest": largest(scratch / "result.json"),
+    }
+
+
+def largest(result: Path) -> str:
+    """Return the largest share of its limit that any check of question 1 used, from a run's result.json."""
+    if not result.exists():
+        return ""
+    checks = [
+        c for c in json.loads(result.read_text(encoding="utf-8"))["checks"] if c["question"] == "same mathematics"
+    ]
+    worst = max(checks, key=lambda c: c["observed"], default=None)
+    if worst is None:
+        return ""
+    compared = sum(c["compared"] for c in checks)
+    return f"largest float64 difference {worst['observed']:.2e} ({worst['name']}, limit {worst['limit']:.1e}); {compared:,} numbers"
+
+
+def gpu_name() -> str | None:
+    """Return the GPU's name, or None."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def written(gpu: str, parts: list[dict[str, object]]) -> str:
+    """Return the report as Markdown."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "jax", "numpy", "flax", "optax"))
+    lines = [
+        f"# Parity on {gpu}, {datetime.now(UTC):%Y-%m-%d}",
+        "",
+        f"Python {platform.python_version()}, {versions}, {os.cpu_count()} CPU cores, {driver()}.",
+        "Made by `python benchmarks/gpu_lane.py`. TF32 off and full-precision sums on both sides.",
+        "",
+        "| part | command | exit | seconds | question 1 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [f"| {p['name']} | `{p['command']}` | {p['exit']} | {p['seconds']:.0f} | {p['largest']} |" for p in parts]
+    for p in parts:
+        lines += ["", f"## {p['name']}", "", "```text", str(p["printed"]), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def driver() -> str:
+    """Return the driver's version in words."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "no NVIDIA driver"
+    return f"driver {done.stdout.strip().splitlines()[0]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
