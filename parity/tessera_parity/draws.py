@@ -195,7 +195,7 @@ def distil_options(vocab_size: int, rng: np.random.Generator) -> DistilOptions:
         temperature_scale=list(TemperatureScale)[int(rng.integers(2))],
         beta=float(rng.choice([0.0, 0.1, 0.5, 1.0])),
         alpha=float(rng.choice([0.1, 0.6])),
-        detach_mixture=bool(rng.random() < 0.3),
+        detach_mixture=divergence is not Divergence.SKEW_KL and bool(rng.random() < 0.3),
         top_k=int(rng.integers(1, vocab_size + 1)) if top_k else None,
         top_k_form=forms[int(rng.integers(len(forms)))] if top_k else TopKForm.FULL,
         hard_weight=float(rng.choice([0.0, 0.3, 1.0])),

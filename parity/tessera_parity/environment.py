@@ -49,7 +49,7 @@ def torch_side() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "version": str(torch.__version__),
-        "threads": torch.get_num_threads(),
+        "threads": str(torch.get_num_threads()),
         "float64": True,
         "float32 matmul": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),

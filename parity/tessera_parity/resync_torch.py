@@ -1,7 +1,7 @@
 """`resync` for torch: an autograd function that swaps the value on the way there and the cotangent on the way back."""
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -41,7 +41,7 @@ def observe_values(
     integers = tuple(map(half.array, (case.token_ids_BT, case.positions_BT, case.segments_BT)))
     build = _compiled if mode == FUSED else _runner
     run = build(half, case.spec, numerics)  # type: ignore[arg-type]  # halves hash by identity
-    with torch.no_grad(), _no_dynamo_limit() if mode == FUSED else nullcontext():
+    with torch.no_grad(), _full_products(), _no_dynamo_limit() if mode == FUSED else nullcontext():
         values = run(inputs, integers, replacements)
     return Observation(
         {name: half.numpy(value) for name, value in values.items()},
@@ -83,13 +83,14 @@ def observe_gradients(
         return out
 
     token_ids_BT, positions_BT, segments_BT = map(half.array, (case.token_ids_BT, case.positions_BT, case.segments_BT))
-    logits_BTV = half.module("model.transformer").forward(
-        params, token_ids_BT, spec=case.spec, numerics=numerics, positions_BT=positions_BT, segments_BT=segments_BT,
-        tap=tap,
-    )  # fmt: skip
-    grads = torch.autograd.grad(
-        logits_BTV, list(params.values()), half.array(case.cotangent_BTV, numerics.logits), allow_unused=True
-    )
+    with _full_products():
+        logits_BTV = half.module("model.transformer").forward(
+            params, token_ids_BT, spec=case.spec, numerics=numerics, positions_BT=positions_BT, segments_BT=segments_BT,
+            tap=tap,
+        )  # fmt: skip
+        grads = torch.autograd.grad(
+            logits_BTV, list(params.values()), half.array(case.cotangent_BTV, numerics.logits), allow_unused=True
+        )
     gradients = {name: grad for name, grad in zip(params, grads, strict=True) if grad is not None}
     return Observation(
         {name: half.numpy(value) for name, value in values.items()},
@@ -125,6 +126,18 @@ def _runner(half: Half, spec: Any, numerics: Numerics) -> Callable[..., dict[str
 def _compiled(half: Half, spec: Any, numerics: Numerics) -> Callable[..., dict[str, Tensor]]:
     compiled: Callable[..., dict[str, Tensor]] = torch.compile(_runner(half, spec, numerics), dynamic=False)
     return compiled
+
+
+@contextmanager
+def _full_products() -> Iterator[None]:
+    """No TF32 and no bfloat16 sums across splits: the half leaves these switches to its caller (`model.linear`)."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_tf32 = matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction = before
 
 
 def _no_dynamo_limit() -> Any:

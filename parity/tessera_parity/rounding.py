@@ -232,15 +232,23 @@ def _detail(side: Side, band: Band, standing: Standing, required: float) -> str:
     ratio = f"error {math.exp(standing.mean):.4g} x ideal" if standing.n else "no finite error ratio"
     text = (
         f"{ratio}, legal {math.exp(band.low):.4g} to {math.exp(band.high):.4g}, n = {standing.n}, sees a shift of "
-        f"{standing.smallest_percent:.2g} % past the band"
+        f"{percent(standing.smallest_shift)} past the band"
     )
     if standing.gross is not None:
         text += f"; case {standing.gross} is grossly off by itself"
     elif standing.smallest_shift > required:
-        text += f", {100.0 * math.expm1(required):.2g} % is asked: more cases"
+        text += f", {percent(required)} is asked: more cases"
     if side.entry is not None and side.entry.device == "cpu" and side.entry.machine.get("cpu") != machine()["cpu"]:
         text += f"; band measured on {side.entry.machine.get('cpu')}"
     return text
+
+
+def percent(shift: float) -> str:
+    """Return a shift in log ratio as a change of the error: `7.9 %`, `43 %`, or a factor where it is above twofold."""
+    if shift > math.log(2.0):
+        return f"{math.exp(shift):.3g} x"
+    change = 100.0 * math.expm1(shift)
+    return f"{change:.2g} %" if change < 10.0 else f"{change:.0f} %"
 
 
 def _series(side: Side, stream: str) -> dict[str, list[float]]:
@@ -276,6 +284,6 @@ def _uncalibrated(side: Side, strangers: Sequence[str], device: str) -> Check:
         subject="rounding", name=f"{len(strangers)} tensor classes without a band", question=Question.ROUNDING,
         sides=("float64", side.half.name), verdict=Verdict.UNCALIBRATED, cases=side.tally.cases,
         compared=sum(side.tally.numbers[stream] * len(side.tally.values[stream]) for stream in strangers),
-        observed=max((abs(value) for value in values), default=0.0), limit=math.inf, unit="log error ratio",
+        observed=max((abs(value) for value in values), default=0.0), limit=0.0, unit="log error ratio; no band to judge it by",
         dtype=side.dtype, device=device, detail=f"{what}: run parity calibrate --device {device} --dtype {side.dtype}",
     )  # fmt: skip

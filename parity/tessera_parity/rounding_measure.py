@@ -123,17 +123,17 @@ def mask_fault(value: np.ndarray, truth: np.ndarray) -> str | None:
 
 
 @lru_cache(maxsize=2)
-def _torch_truth() -> Half:
-    return load_half("torch")
+def _clean(name: str) -> Half:
+    return load_half(name)
 
 
 def gradient_truth(half: Half) -> Half:
-    """Return the half whose float64 gradients are the truth for `half`: torch on the CPU where installed, else itself.
+    """Return the half whose float64 gradients are the truth for `half`: torch on the CPU, or JAX where torch is missing.
 
     Question 1 holds both halves to the oracle's complex-step derivatives, far below any error measured here; torch
     needs no compilation. It is always a clean copy, so a planted bug does not move its own truth.
     """
-    return _torch_truth() if find_spec("torch") is not None else half
+    return _clean("torch" if find_spec("torch") is not None else half.name)
 
 
 def prepare(oracle: Half, truth: Half | None, pool: str, numerics: Numerics, *, seed: int, index: int) -> Prepared:

@@ -24,6 +24,12 @@ NOT_IN_QUICK = {"witness": "not in the quick lane, it imports transformers; try 
 RERUN = ("forward", "optimizer", "block", "gradients", "losses", "ops")
 """Subjects that are run again on other seeds to measure false alarms."""
 
+QUICK_SECONDS = 56.0
+"""What the quick lane may take in all; planted bugs and clean re-runs share what the subjects leave of it."""
+
+PROOF_SECONDS = (5.0, 12.0)
+"""Least and most that the quick lane plants bugs for."""
+
 RERUN_SECONDS = {QUICK: 4.0, "default": 20.0, FULL: 60.0}
 RERUN_LIMIT = {QUICK: 12, "default": 60, FULL: 300}
 
@@ -117,9 +123,10 @@ def execute(store: Store, *, advance: Advance, explicit: bool = False, proof: bo
             run.left_out += _run_subject(subject, context, store, explicit=explicit)
     if proof:
         advance("planting bugs")
-        prove(context, run, store)
+        prove(context, run, store, seconds=proof_seconds(settings.lane, time.perf_counter() - clock))
         advance("repeating clean runs")
-        run.false_alarm_runs, run.false_alarm_rate = false_alarms(context, settings)
+        seconds = rerun_seconds(settings.lane, time.perf_counter() - clock)
+        run.false_alarm_runs, run.false_alarm_rate = false_alarms(context, settings, seconds=seconds)
     run.seconds = time.perf_counter() - clock
     return run
 
@@ -146,11 +153,24 @@ def _run_subject(subject: Subject, context: Context, store: Store, *, explicit: 
     return []
 
 
-def prove(context: Context, run: Run, store: Store) -> None:
+def proof_seconds(lane: str, spent: float) -> float | None:
+    """Return how long to plant bugs after `spent` seconds; None = all of them."""
+    if lane != QUICK:
+        return None
+    least, most = PROOF_SECONDS
+    return min(most, max(least, QUICK_SECONDS - spent - RERUN_SECONDS[QUICK]))
+
+
+def rerun_seconds(lane: str, spent: float) -> float:
+    """Return how long to repeat clean runs after `spent` seconds; one is always made."""
+    return min(RERUN_SECONDS[lane], QUICK_SECONDS - spent) if lane == QUICK else RERUN_SECONDS[lane]
+
+
+def prove(context: Context, run: Run, store: Store, *, seconds: float | None) -> None:
     """Plant bugs (`tessera_parity.mutants`), and add their outcomes and the clean side of the same battery to `run`."""
     from tessera_parity.mutants.engine import prove_all
 
-    proof = prove_all(context)
+    proof = prove_all(context, seconds=seconds)
     run.mutants = proof.outcomes
     run.left_out += proof.left_out
     for check in [*proof.clean, _applied(proof.outcomes, proof.not_applied)]:
@@ -178,15 +198,14 @@ def _quiet(what: str) -> None:
     del what
 
 
-def false_alarms(context: Context, settings: Settings) -> tuple[int, float | None]:
+def false_alarms(context: Context, settings: Settings, *, seconds: float) -> tuple[int, float | None]:
     """Run clean subjects again on other seeds while the lane's time lasts; return (runs, share flagged).
 
     One run is one subject on one new seed with a few cases. Nothing is planted, so every flag is a false alarm.
     """
     clock, flagged, runs = time.perf_counter(), 0, 0
     known = {subject.name: subject for subject in SUBJECTS}
-    seconds, limit = RERUN_SECONDS[settings.lane], RERUN_LIMIT[settings.lane]
-    while runs < limit and time.perf_counter() - clock < seconds:
+    while runs == 0 or (runs < RERUN_LIMIT[settings.lane] and time.perf_counter() - clock < seconds):
         name = RERUN[runs % len(RERUN)]
         again = replace(context, seed=context.seed + 1_000_003 * (runs + 1), cases=1, advance=_quiet)
         flagged += any(over_limit(check) > 1.0 for check in known[name].run(again))

@@ -71,11 +71,6 @@ class Standing:
     smallest_shift: float  # shift past the band's edge that this n shows with probability DETECTION, in log ratio
     gross: int | None  # index of the first single case that no legal implementation makes
 
-    @property
-    def smallest_percent(self) -> float:
-        """`smallest_shift` as a change of the error in percent."""
-        return 100.0 * math.expm1(self.smallest_shift)
-
 
 def alpha_per_stream(num_streams: int, total: float = RUN_FALSE_ALARMS) -> float:
     """Return each stream's share of the run's false-alarm probability (Bonferroni: no independence is needed)."""

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessera_parity import cases
+from tessera_parity import cases, draws
 from tessera_parity.cases import MODEL_SIZES, OP_SIZES, STYLES, inputs_for, model_case, model_case_from_json
 from tessera_shared.dims import shape_of
 from tessera_shared.errors import ParityError
@@ -113,3 +113,14 @@ def test_styles_do_what_they_say():
     assert np.array_equal(drawn["ties"] * 2.0, np.round(drawn["ties"] * 2.0))
     assert np.all(np.ptp(drawn["constant"], axis=-1) == 0.0)
     assert np.abs(drawn["tiny"]).max() < 1e-7
+
+
+@given(st.integers(0, 2**31), st.sampled_from([2, 3, 13]))
+def test_drawn_losses_are_ones_that_the_halves_accept(seed, vocab_size):
+    from tessera_shared.objective_checks import check_distil, check_objective
+
+    rng = np.random.default_rng(seed)
+    options = draws.distil_options(vocab_size, rng)
+    check_distil(options, vocab_size, vocab_size)
+    check_objective(draws.objective_of(options, rng), has_teacher=True)
+    check_objective(draws.objective_of(None, rng), has_teacher=False)

@@ -1,11 +1,14 @@
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from tessera_parity.cli.main import run_command_line
 from tessera_parity.report.jsonl import read_run
+from tessera_parity.store import reopen
 from tessera_parity.subjects import SUBJECTS
 
 pytest.importorskip("torch")
@@ -16,8 +19,8 @@ def no_proof(monkeypatch):
     """The proof has tests of its own; here it would only take time."""
     from tessera_parity import runner
 
-    monkeypatch.setattr(runner, "prove", lambda context, run, store: None)
-    monkeypatch.setattr(runner, "false_alarms", lambda context, settings: (0, None))
+    monkeypatch.setattr(runner, "prove", lambda context, run, store, seconds: None)
+    monkeypatch.setattr(runner, "false_alarms", lambda context, settings, seconds: (0, None))
 
 
 def test_list_names_every_subject(capsys):
@@ -35,7 +38,7 @@ def test_run_writes_its_directory_and_explains_parity(tmp_path, capsys):
     run = read_run(directory)
     assert {check.subject for check in run.checks} == {"block"}
     assert run.left_out == ["half jax: --only-half torch"]
-    assert run.environment["torch"]["threads"] >= 1
+    assert run.environment["torch"]["threads"] == "1"
     for name in ("result.json", "checks.jsonl", "junit.xml", "report.html", "state.json"):
         assert (directory / name).stat().st_size > 0
     assert run_command_line(["explain", str(directory)]) == 0
@@ -79,6 +82,32 @@ def test_wrong_usage_is_one_line_and_exit_code_two(arguments, said, capsys):
     assert said in captured.err
     assert len(captured.err.strip().splitlines()) == 1
     assert "Traceback" not in captured.err
+
+
+def test_an_interrupt_keeps_what_is_there_and_says_how_to_go_on(tmp_path):
+    directory = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "tessera_parity",
+        "run",
+        "streams",
+        "ops",
+        "losses",
+        "--only-half",
+        "torch",
+        "--quick",
+    ]
+    process = subprocess.Popen([*command, "--report", str(directory)], stderr=subprocess.PIPE, text=True)
+    state = directory / "state.json"
+    while process.poll() is None and not (state.exists() and json.loads(state.read_text())["finished"]):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert f"parity run --resume {directory}" in said
+    assert "Traceback" not in said
+    assert {check.subject for check in reopen(directory).checks} == {"streams"}
 
 
 def test_it_runs_as_a_module():

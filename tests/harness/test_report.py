@@ -224,6 +224,22 @@ def test_text_of_a_run_is_escaped_wherever_it_appears() -> None:
     assert "".join(reader.text).count(nasty) >= 12
 
 
+def test_a_pooled_ratio_lends_its_limit_to_no_error() -> None:
+    pooled = sample(question=Question.ROUNDING, series={"error_by_layer": [0.1, 0.2]}, verdict=Verdict.PARITY)
+    text = page(Run(lane="quick", seed=0, environment={}, checks=[pooled]), run_directory="x")
+    assert 'class="heat"' not in text
+    assert "Error against depth" in text
+    assert ">limit</li>" not in text
+
+
+def test_what_was_left_out_for_one_reason_is_counted_and_every_name_is_kept() -> None:
+    left_out = [f"mutant m{index}: for lack of time" for index in range(7)] + ["gpu subjects: no accelerator"]
+    text = "".join(read(page(Run(lane="quick", seed=0, environment={}, left_out=left_out), run_directory="x")).text)
+    assert "7 × for lack of time" in text
+    assert all(f"mutant m{index}" in text for index in range(7))
+    assert "gpu subjects: no accelerator" in text
+
+
 def test_the_worst_check_is_a_localized_divergence_and_nan_is_over_every_limit() -> None:
     found = worst_check(
         Run(

@@ -165,7 +165,7 @@ def test_false_alarms_are_counted_over_other_seeds(monkeypatch, observed, rate):
     monkeypatch.setattr(runner, "SUBJECTS", tuple(Subject(name=n, about=n, run=run) for n in runner.RERUN))
     monkeypatch.setitem(runner.RERUN_LIMIT, QUICK, 5)
     context, _ = make_context(Settings(subjects=("ops",), only_half="torch", lane=QUICK), quiet)
-    assert false_alarms(context, Settings(subjects=(), lane=QUICK)) == (5, rate)
+    assert false_alarms(context, Settings(subjects=(), lane=QUICK), seconds=60.0) == (5, rate)
     assert len(set(seeds)) == 5
     assert 0 not in seeds
 
@@ -192,3 +192,13 @@ def test_the_summary_fits_a_screen_and_starts_with_the_verdict():
 
 def test_a_run_without_checks_is_inconclusive():
     assert headline(a_run([])).startswith("INCONCLUSIVE")
+
+
+def test_the_quick_lane_gives_proof_and_reruns_what_is_left_and_never_nothing():
+    assert runner.proof_seconds(QUICK, 10.0) == 12.0
+    assert runner.proof_seconds(QUICK, 1000.0) == 5.0
+    assert runner.proof_seconds("full", 1000.0) is None
+    assert runner.rerun_seconds(QUICK, 10.0) == 4.0
+    assert runner.rerun_seconds(QUICK, 1000.0) < 0.0
+    context, _ = make_context(Settings(subjects=("ops",), only_half="torch", lane=QUICK), quiet)
+    assert false_alarms(context, Settings(subjects=(), lane=QUICK), seconds=-1.0) == (1, 0.0)

@@ -41,7 +41,7 @@ def test_without_any_framework_files_can_be_made_and_checked(tmp_path: Path, whe
     assert "nano" in _run([bin_ / "tessera", "info"], tmp_path)
     _run([bin_ / "tessera", "init", "nano", "model"], tmp_path)
     _run([bin_ / "tessera", "verify", "model"], tmp_path)
-    line = _run([bin_ / "tessera", "generate", "model", "--backend", "torch", "--prompt", "x"], tmp_path, expect=4)
+    line = _run([bin_ / "tessera", "train", "run", "--backend", "torch", "--steps", "1"], tmp_path, expect=4)
     assert "torch" in line
     assert "Traceback" not in line
 

@@ -89,7 +89,7 @@ def _calibrate_half(
             if number == 0:  # runs are made of this one: without it there is nothing to calibrate
                 raise
             left_out[variant.name] = str(error)
-            console.print(f"left out: {error}", markup=False)
+            console.print(f"left out: {error}", markup=False, soft_wrap=True)
             continue
         seconds = time.perf_counter() - start
         console.print(
@@ -97,7 +97,7 @@ def _calibrate_half(
         )
     for dtype in dtypes:
         entry = replace(entry_of(half, dtype, device, seed, measured), left_out=left_out)
-        console.print(f"wrote {save_entry(entry, out).name}: {_widest(entry)}")
+        console.print(f"wrote {save_entry(entry, out).name}: {_widest(entry)}", soft_wrap=True)
 
 
 def entry_of(half: str, dtype: str, device: str, seed: int, measured: dict[str, tuple[Variant, Values]]) -> Entry:

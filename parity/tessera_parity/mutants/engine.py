@@ -28,7 +28,7 @@ QUICK_SECONDS = 12.0
 QUICK_JAX = 6
 """Planted bugs of the quick lane that need JAX: each compiles what no other has compiled before."""
 
-COSTLY_IN_JAX = {"gradients", "training", "decode"}
+COSTLY_IN_JAX = {"gradients", "training", "decode", "rounding"}
 """Subjects whose first use compiles hundreds of primitives: more than the quick lane's whole share of seconds."""
 
 SHRINK_ATTEMPTS = 120
@@ -153,7 +153,11 @@ def _chosen(
         left_out += [
             f"mutant {m.name}: the quick lane compiles {QUICK_JAX} in JAX" for m in compiling if m not in sample
         ]
-        chosen = sample + [mutant for mutant in chosen if mutant not in compiling]
+        others = [mutant for mutant in chosen if mutant not in compiling]
+        step = len(others) // (len(sample) + 1)
+        for index, mutant in enumerate(sample):  # spread out: a slow machine must not spend all its seconds compiling
+            others.insert((index + 1) * (step + 1) - 1, mutant)
+        chosen = others
     return chosen, left_out
 
 

@@ -7,7 +7,7 @@ from html import escape
 
 from tessera_parity.report.pictures import Line, figure, power_of_ten
 from tessera_parity.report.summary import clean, format_number, over_limit
-from tessera_parity.result import Check
+from tessera_parity.result import Check, Question
 
 OUTSIDE = ("embed", "final_norm", "logits")
 """Taps outside every layer; they fill the first or last rows, in a column of their own."""
@@ -43,12 +43,18 @@ def groups(checks: Sequence[Check]) -> dict[Group, list[Check]]:
     for check in checks:
         grouped.setdefault(_group(check), []).append(check)
     layered = {group: list(filter(_has_place, found)) for group, found in grouped.items() if any(map(_by_layer, found))}
+    layered = {group: found for group, found in layered.items() if has_limits(found) or _depth(found) > 1}
     return {group: sorted(found, key=_rank) for group, found in layered.items()}
+
+
+def has_limits(checks: Sequence[Check]) -> bool:
+    """Whether errors by layer stand next to limits in their own unit; without them there is no color to give."""
+    return any(math.isfinite(limit) for check in checks for _, limit in _by_layer(check).values())
 
 
 def heat_map(group: Group, checks: Sequence[Check]) -> str:
     """Return a table: one row a tap class in forward order, one column a layer, colored by error over limit."""
-    depth = max(max(_by_layer(check), default=0) for check in checks) + 1
+    depth = _depth(checks)
     outside = any(check.name in OUTSIDE for check in checks)
     every = max(1, math.ceil(depth / 16))
     heads = "".join(f"<th scope=col>{layer if layer % every == 0 else ''}</th>" for layer in range(depth))
@@ -82,9 +88,10 @@ def depth_chart(title: str, by_sides: dict[str, list[Check]]) -> str:
         for check in checks:
             for layer, (error, limit) in _by_layer(check).items():
                 worst[layer] = _larger(worst.get(layer, 0.0), error)
-                limits[layer] = min(limits.get(layer, math.inf), limit)
+                limits |= {layer: min(limits.get(layer, math.inf), limit)} if math.isfinite(limit) else {}
         lines.append(Line(name=sides, xs=sorted(worst), ys=[worst[layer] for layer in sorted(worst)]))
-    lines.append(Line(name="limit", xs=sorted(limits), ys=[limits[layer] for layer in sorted(limits)], dashed=True))
+    if limits:
+        lines.append(Line(name="limit", xs=sorted(limits), ys=[limits[layer] for layer in sorted(limits)], dashed=True))
     return figure(title, lines, x_label="layer", y_label="worst error", log=True)
 
 
@@ -117,7 +124,13 @@ def _cell(name: str, layer: int | None, error: float, limit: float) -> str:
 def _by_layer(check: Check) -> dict[int, tuple[float, float]]:
     errors = check.series.get("error_by_layer", [])
     limits = check.series.get("limit_by_layer", [])
-    return {layer: (error, limits[layer] if layer < len(limits) else check.limit) for layer, error in enumerate(errors)}
+    same_unit = check.question is not Question.ROUNDING  # whose own limit is on a pooled ratio, not on an error
+    every = check.limit if same_unit else math.inf
+    return {layer: (error, limits[layer] if layer < len(limits) else every) for layer, error in enumerate(errors)}
+
+
+def _depth(checks: Sequence[Check]) -> int:
+    return max(max(_by_layer(check), default=0) for check in checks) + 1
 
 
 def _ratio(error: float, limit: float) -> float:

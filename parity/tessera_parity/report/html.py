@@ -1,6 +1,7 @@
 """`report.html`: one self-contained page. Everything that comes from the run is escaped; nothing is fetched."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -8,7 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from tessera_parity.report.heatmap import depth_chart, groups, heat_map, legend
+from tessera_parity.report.heatmap import depth_chart, groups, has_limits, heat_map, legend
 from tessera_parity.report.pictures import power_of_ten
 from tessera_parity.report.summary import (
     case_text,
@@ -117,7 +118,7 @@ def _worst(run: Run, run_directory: str) -> str:
     worst = worst_check(run)
     if worst is None or worst.verdict is Verdict.PARITY:
         return ""
-    return f'<section class="worst"><h2>Worst case</h2>{_check_facts(worst)}{_repro(worst, run_directory)}</section>'
+    return f'<section class="worst v-{worst.verdict}"><h2>Worst case</h2>{_check_facts(worst)}{_repro(worst, run_directory)}</section>'
 
 
 def _check_facts(check: Check) -> str:
@@ -143,8 +144,19 @@ def _repro(check: Check, run_directory: str) -> str:
 
 
 def _left_out(run: Run) -> str:
-    items = "".join(f"<li>{_e(item)}</li>" for item in run.left_out)
+    by_reason: dict[str, list[str]] = {}
+    for item in run.left_out:
+        what, _, reason = item.partition(": ")
+        by_reason.setdefault(reason, []).append(what)
+    items = "".join(_left_out_item(reason, named) for reason, named in by_reason.items())
     return "<h2>Left out</h2>" + (f"<ul class=plain>{items}</ul>" if items else "<p>Nothing was left out.</p>")
+
+
+def _left_out_item(reason: str, named: Sequence[str]) -> str:
+    if len(named) <= 3 or not reason:
+        return "".join(f"<li>{_e(f'{what}: {reason}' if reason else what)}</li>" for what in named)
+    listed = "".join(f"<li>{_e(what)}</li>" for what in named)
+    return f"<li><details><summary>{len(named)} × {_e(reason)}</summary><ul class=plain>{listed}</ul></details></li>"
 
 
 def _checks(run: Run, run_directory: str) -> str:
@@ -188,10 +200,10 @@ def _layers(run: Run) -> str:
     charts: dict[str, dict[str, list[Check]]] = {}
     for group, checks in found.items():
         charts.setdefault(f"{group.subject}, {group.question} in {group.dtype}", {})[group.sides] = checks
-    maps = "".join(heat_map(group, checks) for group, checks in found.items())
+    maps = "".join(heat_map(group, checks) for group, checks in found.items() if has_limits(checks))
     depth = "".join(depth_chart(title, by_sides) for title, by_sides in charts.items())
     by_layer = f'<h2>Error by layer and operation</h2>{legend()}<div class="maps">{maps}</div>'
-    return f'{by_layer}<h2>Error against depth</h2><div class="figures">{depth}</div>'
+    return f'{by_layer if maps else ""}<h2>Error against depth</h2><div class="figures">{depth}</div>'
 
 
 def _rounding(run: Run) -> str:
@@ -326,6 +338,8 @@ def _over(check: Check) -> str:
 
 
 def _times(check: Check) -> str:
+    if math.isinf(check.limit):
+        return "no limit yet"
     return f"{_number(over_limit(check))} times the limit" if check.limit else "only equality will do"
 
 

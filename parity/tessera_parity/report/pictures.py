@@ -3,7 +3,7 @@
 Pictures are chosen by the keys of `Check.series`. Subjects may rely on this list (index = layer, step or case):
 
 - `error_by_layer`, `limit_by_layer`: heat map (the check's name is the tap class, its row) and error against depth;
-  without `limit_by_layer` the check's limit.
+  without `limit_by_layer` the check's limit, except under "same rounding", whose limit is in another unit.
 - `log_ratio` (or `log_ratio_sorted`) with `log_ratio_calibration` (a sample) or `calibration_quantiles` (evenly spaced,
   extremes included): QQ plot of pooled log error ratios; without a calibration against the normal distribution.
 - `loss_<side>` (`loss_torch`, `loss_jax`, ...): one loss curve a side in one picture, and the largest gap between them.

@@ -27,7 +27,7 @@ def trajectory_figures(checks: Sequence[Check]) -> list[str]:
     for check in checks:
         named = [key for key, values in check.series.items() if values and key not in _KNOWN]
         losses = [key for key in named if key.startswith("loss_")]
-        title = f"{check.subject} {check.name}"
+        title = f"{check.subject} {check.name}, {'–'.join(check.sides)}"
         if losses:
             found += _losses(check, losses, title)
         for prefix, what in (("moment", "difference of moments"), ("drift", "drift of parameters")):

@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16")
 PLANS: dict[str, Plan] = {
     QUICK: Plan(cases=28, most=40, shift=0.25, scatter=0.15),
     DEFAULT: Plan(pools=tuple(POOLS), losses=True, cases=40, most=60, shift=0.15, scatter=0.1),
-    FULL: Plan(pools=tuple(POOLS), losses=True, cases=240, most=320, shift=0.03, scatter=0.05),
+    FULL: Plan(pools=tuple(POOLS), losses=True, cases=120, most=160, shift=0.03, scatter=0.04),
 }
 
 

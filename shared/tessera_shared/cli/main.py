@@ -2,17 +2,17 @@
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from tessera_shared.cli.convert import convert
 from tessera_shared.cli.edge import run_commands
+from tessera_shared.cli.generate import generate
 from tessera_shared.cli.info import info
 from tessera_shared.cli.init_command import init
+from tessera_shared.cli.train import train
 from tessera_shared.cli.verify import verify
 
 app = typer.Typer(
@@ -27,9 +27,10 @@ app.command(epilog="Example: tessera info")(info)
 app.command(epilog="Example: tessera init tiny student --seed 1 --dtype bfloat16")(init)
 app.command(epilog="Example: tessera convert student student-bf16 --dtype bfloat16 --max-shard-bytes 2GB")(convert)
 app.command(epilog="Example: tessera verify student --report json")(verify)
-for _name in ("train", "generate"):
-    if find_spec(f"tessera_shared.cli.{_name}") is not None:
-        app.command(_name)(getattr(import_module(f"tessera_shared.cli.{_name}"), _name))
+app.command(
+    epilog="Example: tessera train run --preset nano --steps 200, then tessera train run --resume --backend jax"
+)(train)
+app.command(epilog='Example: tessera generate run/model --prompt "def " --tokens 40')(generate)
 
 
 def main() -> None:
