@@ -16,7 +16,7 @@ from dataclasses import replace
 from math import comb
 from pathlib import Path
 
-from tessera_parity.calibration.store import DATA, machine
+from tessera_parity.calibration.store import DATA, device_kind, machine
 from tessera_parity.loading import load_half
 from tessera_parity.result import Check, Verdict
 from tessera_parity.subjects.context import DEFAULT, FULL, QUICK, Context
@@ -117,7 +117,11 @@ def fingerprint(lane: str, device: str) -> str:
     """Return a digest of what a run depends on: calibrations, the measuring code, lane and device."""
     sources = [*ROOM.glob("rounding*.py"), *ROOM.glob("resync*.py"), ROOM / "sequential.py", ROOM / "variants.py"]
     digest = hashlib.sha256(f"{lane} {device}".encode())
-    for path in [*sorted(sources), *sorted(DATA.glob("*.json")), ROOM / "subjects" / "rounding.py"]:
+    for path in [
+        *sorted(sources),
+        *sorted(DATA.glob(f"{device_kind(device)}-*.json")),
+        ROOM / "subjects" / "rounding.py",
+    ]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

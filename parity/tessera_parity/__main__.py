@@ -1,5 +1,5 @@
 """`python -m tessera_parity`."""
 
-from tessera_parity.cli.main import main
+from tessera_parity.cli.entry import main
 
 main()

@@ -6,8 +6,8 @@ sums hide errors, and a NaN on one side is a difference, never a zero.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,11 +99,13 @@ def compare_results(
         raise ParityError("compared = 0 arrays: expected at least one, because agreement about nothing is not parity")
     pairs = {name: relative_difference(a[name], b[name], floor=floor) for name in a}
     worst = max(pairs, key=lambda name: pairs[name].value)
-    found = pairs[worst]
-    total = sum(pair.compared for pair in pairs.values())
-    return worst, Difference(
-        value=found.value, where=found.where, scale=found.scale, compared=total, reason=found.reason
-    )
+    return worst, total_difference(list(pairs.values()))
+
+
+def total_difference(differences: Sequence[Difference]) -> Difference:
+    """Return the worst of several differences, with the number of all that was compared."""
+    worst = max(differences, key=lambda difference: difference.value)
+    return replace(worst, compared=sum(difference.compared for difference in differences))
 
 
 def _kind(array: np.ndarray) -> str:

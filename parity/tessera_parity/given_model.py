@@ -12,6 +12,7 @@ from tessera_shared.errors import ParityError
 from tessera_shared.objectives import IGNORE_INDEX
 from tessera_shared.presets import PRESETS
 from tessera_shared.spec import ModelSpec
+from tessera_shared.stored_model import open_model
 from tessera_shared.tensors import tensor_table
 from tessera_shared.weights import load_model
 
@@ -49,14 +50,29 @@ def given_weights(model: str, *, seed: int) -> tuple[ModelSpec, Arrays]:
         spec = _cut(PRESETS[name], layers)
         rng = np.random.default_rng((seed, 59))
         return spec, {info.name: _drawn(info.init, info.shape, spec, rng) for info in tensor_table(spec).values()}
+    _check_directory(name)
+    loaded = load_model(Path(name))
+    spec = _cut(loaded.spec, layers)
+    return spec, {key: np.asarray(loaded.arrays[key], dtype=np.float64) for key in tensor_table(spec)}
+
+
+def check_model(model: str) -> None:
+    """Refuse a `--model` that is neither a preset nor a directory that opens; reads headers, no weights.
+
+    Raises `ParityError` for the former and `FormatError`, naming the file, for the latter.
+    """
+    name, _ = _split(model)
+    if name not in PRESETS:
+        _check_directory(name)
+        open_model(name)
+
+
+def _check_directory(name: str) -> None:
     if not Path(name).is_dir():
         raise ParityError(
             f"model = {name!r}: expected a preset ({', '.join(PRESETS)}) or a directory in the Hugging Face layout, because "
             "nothing else has weights; try --model nano"
         )
-    loaded = load_model(Path(name))
-    spec = _cut(loaded.spec, layers)
-    return spec, {key: np.asarray(loaded.arrays[key], dtype=np.float64) for key in tensor_table(spec)}
 
 
 def _split(model: str) -> tuple[str, int | None]:

@@ -59,11 +59,14 @@ class JaxHalf:
 
 
 def _device(device: str) -> Any:
+    """Return the device, or None where it is JAX's default: arrays that are not committed to a device have the same
+    signature as what a compiled function returns, so a step is compiled once and not twice."""
     platform = "gpu" if device.startswith("cuda") else device
     try:
-        return jax.devices(platform)[0]
+        found = jax.devices(platform)[0]
     except RuntimeError as error:
         raise MissingDependency(
             f"device = {device!r}: expected a platform that this JAX can use, because the half runs there "
             f"({str(error).splitlines()[0]}); try --device cpu"
         ) from error
+    return None if found == jax.devices()[0] else found

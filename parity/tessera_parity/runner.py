@@ -7,16 +7,20 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Protocol
 
 from tessera_parity import environment
 from tessera_parity.halves import Half
-from tessera_parity.loading import load_half
+from tessera_parity.loading import load_half, require
 from tessera_parity.report.summary import over_limit
 from tessera_parity.result import Check, MutantOutcome, Question, Run, Verdict
 from tessera_parity.store import Settings, Store
 from tessera_parity.subjects import SUBJECTS
 from tessera_parity.subjects.context import FULL, QUICK, Context, Subject
 from tessera_shared.errors import MissingDependency, ParityError
+
+if TYPE_CHECKING:
+    from tessera_parity.mutants.engine import Proof
 
 NOT_IN_QUICK = {"witness": "not in the quick lane, it imports transformers; try --against hf"}
 """Subjects that the quick lane leaves out, and why."""
@@ -33,7 +37,20 @@ PROOF_SECONDS = (5.0, 12.0)
 RERUN_SECONDS = {QUICK: 4.0, "default": 20.0, FULL: 60.0}
 RERUN_LIMIT = {QUICK: 12, "default": 60, FULL: 300}
 
+MOST_MISSED = 0.05
+"""Share of planted bugs that a run may miss and still call its silence parity."""
+
 Advance = Callable[[str], None]
+
+
+class Keeper(Protocol):
+    """Where checks go as they come: the run's `Store`, or a worker's list."""
+
+    def append(self, check: Check) -> None:
+        """Keep one check."""
+
+    def finish(self, subject: str) -> None:
+        """Remember that every check of a subject is there."""
 
 
 def subjects_named(names: Sequence[str]) -> list[Subject]:
@@ -66,27 +83,35 @@ def chosen_subjects(
     return chosen, [f"subject {name}: {why}" for name, why in left_out.items()]
 
 
-def make_context(settings: Settings, advance: Advance) -> tuple[Context, list[str]]:
-    """Load the halves. Returns the context and a line for every half that is not there.
+def installed_halves(settings: Settings) -> tuple[list[str], list[str]]:
+    """Return the halves to run, and a line for every one that is left out. Imports neither.
 
     Raises `MissingDependency` when no framework is installed, or not the one asked for.
     """
-    halves: dict[str, Half | None] = {"torch": None, "jax": None}
-    left_out = []
-    for name in halves:
+    names, left_out = [], []
+    for name in ("torch", "jax"):
         if settings.only_half not in (None, name):
             left_out.append(f"half {name}: --only-half {settings.only_half}")
         elif find_spec(name) is None and settings.only_half is None:
             left_out.append(f"half {name}: the package {name} is not installed")
         else:
-            advance(f"loading {name}")
-            halves[name] = load_half(name, device=settings.device)
-    if halves["torch"] is None and halves["jax"] is None:
+            require(name)
+            names.append(name)
+    if not names:
         raise MissingDependency(
             "halves = none: expected torch or jax, because there is nothing to hold against the oracle; "
             "try installing tessera-testbed[torch] or tessera-testbed[jax]"
         )
-    context = Context(
+    return names, left_out
+
+
+def make_context(settings: Settings, advance: Advance) -> Context:
+    """Load the halves that are installed."""
+    halves: dict[str, Half | None] = {"torch": None, "jax": None}
+    for name in installed_halves(settings)[0]:
+        advance(f"loading {name}")
+        halves[name] = load_half(name, device=settings.device)
+    return Context(
         numpy=load_half("numpy"),
         torch=halves["torch"],
         jax=halves["jax"],
@@ -98,40 +123,47 @@ def make_context(settings: Settings, advance: Advance) -> tuple[Context, list[st
         model=settings.model,
         advance=advance,
     )
-    return context, left_out
 
 
-def execute(store: Store, *, advance: Advance, explicit: bool = False, proof: bool = True) -> Run:
+def execute(store: Store, *, advance: Advance, explicit: bool = False, proof: bool = True, num_workers: int = 1) -> Run:
     """Run what `store.settings` asks for and is not finished, then the proof; return the whole run.
 
-    `explicit`: the user named the subjects, so a missing package is an error instead of a line in `left_out`. A
-    `KeyboardInterrupt` passes through; the store then holds everything that was seen.
+    `explicit`: the user named the subjects, so a missing package is an error instead of a line in `left_out`. With
+    `num_workers` above 1 subjects and planted bugs run in processes of their own (`workers`). A `KeyboardInterrupt`
+    passes through; the store then holds everything that was finished.
     """
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     settings = store.settings
-    context, left_out = make_context(settings, advance)
+    names, left_out = installed_halves(settings)
     run = Run(
         lane=settings.lane,
         seed=settings.seed,
-        environment=environment.describe(torch=context.torch is not None, jax=context.jax is not None),
+        environment={},
         checks=store.checks,
         left_out=[*settings.left_out, *left_out],
         started=started,
     )
-    for subject in subjects_named(settings.subjects):
-        if subject.name not in store.finished:
-            run.left_out += _run_subject(subject, context, store, explicit=explicit)
-    if proof:
-        advance("planting bugs")
-        prove(context, run, store, seconds=proof_seconds(settings.lane, time.perf_counter() - clock))
-        advance("repeating clean runs")
-        seconds = rerun_seconds(settings.lane, time.perf_counter() - clock)
-        run.false_alarm_runs, run.false_alarm_rate = false_alarms(context, settings, seconds=seconds)
+    todo = [subject for subject in subjects_named(settings.subjects) if subject.name not in store.finished]
+    if num_workers > 1:
+        from tessera_parity.workers import side_by_side
+
+        side_by_side(store, run, todo, num_workers=num_workers, advance=advance, explicit=explicit, proof=proof)
+    else:
+        context = make_context(settings, advance)
+        for subject in todo:
+            run.left_out += run_subject(subject, context, store, explicit=explicit)
+        if proof:
+            advance("planting bugs")
+            keep_proof(prove(context, proof_seconds(settings.lane, time.perf_counter() - clock)), run, store)
+            advance("repeating clean runs")
+            seconds = rerun_seconds(settings.lane, time.perf_counter() - clock)
+            run.false_alarm_runs, run.false_alarm_rate = false_alarms(context, settings, seconds=seconds)
+    run.environment = environment.describe(torch="torch" in names, jax="jax" in names)
     run.seconds = time.perf_counter() - clock
     return run
 
 
-def _run_subject(subject: Subject, context: Context, store: Store, *, explicit: bool) -> list[str]:
+def run_subject(subject: Subject, context: Context, store: Keeper, *, explicit: bool) -> list[str]:
     """Run one subject into the store; return what it had to leave out."""
     clock = time.perf_counter()
     count = 0
@@ -166,15 +198,38 @@ def rerun_seconds(lane: str, spent: float) -> float:
     return min(RERUN_SECONDS[lane], QUICK_SECONDS - spent) if lane == QUICK else RERUN_SECONDS[lane]
 
 
-def prove(context: Context, run: Run, store: Store, *, seconds: float | None) -> None:
-    """Plant bugs (`tessera_parity.mutants`), and add their outcomes and the clean side of the same battery to `run`."""
+def prove(context: Context, seconds: float | None, halves: Sequence[str] | None = None) -> "Proof":
+    """Plant bugs (`tessera_parity.mutants`), into some halves or all."""
     from tessera_parity.mutants.engine import prove_all
 
-    proof = prove_all(context, seconds=seconds)
+    return prove_all(context, halves=halves, seconds=seconds)
+
+
+def keep_proof(proof: "Proof", run: Run, store: Store) -> None:
+    """Add what became of planted bugs, and the clean side of the same battery, to `run`."""
     run.mutants = proof.outcomes
     run.left_out += proof.left_out
-    for check in [*proof.clean, _applied(proof.outcomes, proof.not_applied)]:
+    for check in [*proof.clean, _applied(proof.outcomes, proof.not_applied), _caught(proof.outcomes)]:
         store.append(check)
+
+
+def _caught(outcomes: Sequence[MutantOutcome]) -> Check:
+    """A harness that misses what was planted cannot say parity."""
+    missed = [outcome.name for outcome in outcomes if not outcome.killed]
+    share = len(missed) / max(1, len(outcomes))
+    return Check(
+        subject="mutants",
+        name="planted bugs are caught",
+        question=Question.EXACT,
+        sides=("harness",),
+        verdict=Verdict.PARITY if outcomes and share <= MOST_MISSED else Verdict.INCONCLUSIVE,
+        cases=len(outcomes),
+        compared=len(outcomes),
+        observed=share,
+        limit=MOST_MISSED,
+        unit="share of planted bugs that nothing noticed",
+        detail=", ".join(missed[:5]),
+    )
 
 
 def _applied(outcomes: Sequence[MutantOutcome], not_applied: Sequence[str]) -> Check:
@@ -194,7 +249,8 @@ def _applied(outcomes: Sequence[MutantOutcome], not_applied: Sequence[str]) -> C
     )
 
 
-def _quiet(what: str) -> None:
+def quiet(what: str) -> None:
+    """Show nothing."""
     del what
 
 
@@ -207,7 +263,7 @@ def false_alarms(context: Context, settings: Settings, *, seconds: float) -> tup
     known = {subject.name: subject for subject in SUBJECTS}
     while runs == 0 or (runs < RERUN_LIMIT[settings.lane] and time.perf_counter() - clock < seconds):
         name = RERUN[runs % len(RERUN)]
-        again = replace(context, seed=context.seed + 1_000_003 * (runs + 1), cases=1, advance=_quiet)
+        again = replace(context, seed=context.seed + 1_000_003 * (runs + 1), cases=1, advance=quiet)
         flagged += any(over_limit(check) > 1.0 for check in known[name].run(again))
         runs += 1
     return runs, flagged / runs if runs else None

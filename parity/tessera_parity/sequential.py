@@ -12,7 +12,7 @@ with probability >= 1 - alpha,
     |S_n| <= sigma sqrt((n + rho) (log((n + rho) / rho) + 2 log(1 / alpha)))
 
 (Robbins 1970, Annals of Mathematical Statistics 41; Howard, Ramdas, McAuliffe & Sekhon 2021, Annals of Statistics 49,
-eq. 14). One may therefore look after every case and stop when one likes. The stream diverges when [mean - w_n, mean +
+two-sided mixture). One may therefore look after every case and stop when one likes. The stream diverges when [mean - w_n, mean +
 w_n] and the band are disjoint: on either side, because more accurate is different too.
 
 *The scale.* A normal sigma would be too small where tails are heavier than a Gaussian's, and alphas are near 1e-7. So
@@ -80,7 +80,7 @@ def alpha_per_stream(num_streams: int, total: float = RUN_FALSE_ALARMS) -> float
 
 
 def best_rho(n: int, alpha: float) -> float:
-    """Return the mixture's rho that makes the boundary about narrowest at n cases (Howard et al. 2021, section 3.5)."""
+    """Return the mixture's rho that makes the boundary about narrowest at n cases (Howard et al. 2021)."""
     log_alpha = 2.0 * math.log(1.0 / alpha)
     return max(n, 1) / (log_alpha + math.log(1.0 + log_alpha))
 

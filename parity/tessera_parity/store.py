@@ -97,7 +97,7 @@ def reopen(directory: Path) -> Store:
     return Store(directory, settings, finished, checks)
 
 
-def check_writable(directory: Path) -> None:
+def check_writable(directory: Path, *, option: str = "--report") -> None:
     """Raise `ParityError` unless files can be made in `directory`, which is made when missing."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def check_writable(directory: Path) -> None:
     except OSError as error:
         raise ParityError(
             f"report directory = {directory}: expected a writable directory, because results are stored as they come "
-            f"({error.strerror or error}); try --report with another one"
+            f"({error.strerror or error}); try {option} with another one"
         ) from error
 
 

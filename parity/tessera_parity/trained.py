@@ -24,6 +24,8 @@ from tessera_shared.spec import ModelSpec
 from tessera_shared.tokens import Tokenizer
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+Stepper = Callable[[Any, Batch, float], tuple[Any, float]]
+"""(state, batch, lr) -> (state, loss)."""
 
 ROWS, LENGTH = 4, 64
 TEXT_BYTES = 600_000
@@ -65,7 +67,7 @@ def schedule(steps: int) -> Schedule:
     return Schedule(kind="cosine", peak=3e-3, total_steps=steps, warmup_steps=min(10, steps // 4), final=3e-4)
 
 
-def stepper(half: Half, spec: ModelSpec, dtype: str) -> Callable[[Any, Batch, float], tuple[Any, float]]:
+def stepper(half: Half, spec: ModelSpec, dtype: str) -> Stepper:
     """Return `step(state, batch, lr) -> (state, loss)` of a half in one dtype, compiled once where the half
     compiles."""
     module, numerics = half.module("train.step"), numerics_for(dtype)

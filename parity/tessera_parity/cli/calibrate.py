@@ -22,9 +22,11 @@ from tessera_parity.calibration.store import (
     save_entry,
     stats_of,
 )
+from tessera_parity.cli.flags import check_device
 from tessera_parity.loading import require
+from tessera_parity.store import check_writable
 from tessera_parity.variants import Variant, run_apart, variants_of
-from tessera_shared.errors import ParityError, TesseraError
+from tessera_shared.errors import ParityError
 
 HALVES, DTYPES = ("torch", "jax"), ("float32", "bfloat16")
 
@@ -36,22 +38,20 @@ def calibrate(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default both")] = None,
     half: Annotated[str | None, typer.Option(help="torch or jax; default both")] = None,
     cases: Annotated[int, typer.Option(help="generated cases per variant", min=30)] = 150,
-    seed: Annotated[int, typer.Option(help="of the calibration's cases, apart from every run's")] = 20_000_000,
+    seed: Annotated[int, typer.Option(min=0, help="of the calibration's cases, apart from every run's")] = 20_000_000,
     compiled: Annotated[bool, typer.Option(help="also torch.compile: needs a C++ compiler and minutes")] = False,
     skip: Annotated[list[str] | None, typer.Option(help="leave a variant out, by name")] = None,
     out: Annotated[Path, typer.Option(help="directory of the entries")] = DATA,
 ) -> None:
     """Measure every legal variant and write one entry per half and dtype. A few minutes on one core."""
     console = Console()
-    try:
-        for name in _chosen(half, HALVES, "half"):
-            require(name)
-            _calibrate_half(
-                console, name, device, _chosen(dtype, DTYPES, "dtype"), cases, seed, compiled, skip or [], out
-            )
-    except TesseraError as error:
-        Console(stderr=True).print(str(error), markup=False, highlight=False)
-        raise typer.Exit(error.exit_code) from error
+    halves, dtypes = _chosen(half, HALVES, "half"), _chosen(dtype, DTYPES, "dtype")
+    check_device(device)
+    for name in halves:
+        require(name)
+    check_writable(out, option="--out")
+    for name in halves:
+        _calibrate_half(console, name, device, dtypes, cases, seed, compiled, skip or [], out)
 
 
 def _chosen(value: str | None, known: Sequence[str], what: str) -> tuple[str, ...]:

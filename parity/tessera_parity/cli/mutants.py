@@ -7,12 +7,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tessera_parity.halves import Half
-from tessera_parity.loading import load_half
-from tessera_parity.mutants.engine import Proof, prove_all
+from tessera_parity.loading import load_half, require
+from tessera_parity.mutants.engine import Proof, check_choice, prove_all
 from tessera_parity.mutants.equivalents import prove_equivalents
 from tessera_parity.result import MutantOutcome, Verdict
 from tessera_parity.subjects.context import DEFAULT, FULL, QUICK, Context
-from tessera_shared.errors import MissingDependency, TesseraError
+from tessera_shared.errors import MissingDependency
 
 KILL_RATE = 0.95
 """Share of planted bugs that must be caught (parity anchors, G4)."""
@@ -23,17 +23,17 @@ def mutants(
     half: Annotated[list[str] | None, typer.Option(help="torch, jax, reference, shared or harness.")] = None,
     quick: Annotated[bool, typer.Option(help="A rotating sample that fits a few seconds.")] = False,
     full: Annotated[bool, typer.Option(help="Also shrink each caught bug's case.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the inputs and of the rotation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the inputs and of the rotation.")] = 0,
 ) -> None:
     """Prove that the harness can fail: planted bugs must be caught, clean halves must not."""
     console = Console()
-    try:
-        context = installed_context(lane=QUICK if quick else FULL if full else DEFAULT, seed=seed)
-        proof = prove_all(context, names=names or None, halves=half or None)
-        equivalent = [] if quick or names else prove_equivalents(context)
-    except TesseraError as error:
-        console.print(str(error), style="red", markup=False)
-        raise typer.Exit(error.exit_code) from None
+    chosen = check_choice(names or None, half or None)
+    if names or half:  # asked for, so not to be left out with a word
+        for framework in sorted({mutant.half for mutant in chosen} & {"torch", "jax"}):
+            require(framework)
+    context = installed_context(lane=QUICK if quick else FULL if full else DEFAULT, seed=seed)
+    proof = prove_all(context, names=names or None, halves=half or None)
+    equivalent = [] if quick or names else prove_equivalents(context)
     console.print(table_of(proof.outcomes))
     for line in (*summary(proof), *proof.left_out[:3]):
         console.print(line, markup=False)

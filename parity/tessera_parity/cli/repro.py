@@ -10,7 +10,7 @@ from rich.console import Console
 from tessera_parity.cli.mutants import installed_context
 from tessera_parity.repro import replay
 from tessera_parity.subjects.context import DEFAULT
-from tessera_shared.errors import ParityError, TesseraError
+from tessera_shared.errors import ParityError
 
 
 def repro(
@@ -19,14 +19,10 @@ def repro(
 ) -> None:
     """Replay the worst case of each divergence, shrink it, and write one file a side that shows it."""
     console = Console()
-    try:
-        path, run = read_run(result)
-        context = installed_context(lane=DEFAULT, seed=int(run.get("seed", 0)))
-        halves = {half.name: half for half in (context.numpy, *context.halves)}
-        repros = replay(run["checks"], halves, out or path.parent / "repro")
-    except TesseraError as error:
-        console.print(str(error), style="red", markup=False)
-        raise typer.Exit(error.exit_code) from None
+    path, run = read_run(result)
+    context = installed_context(lane=DEFAULT, seed=int(run.get("seed", 0)))
+    halves = {half.name: half for half in (context.numpy, *context.halves)}
+    repros = replay(run["checks"], halves, out or path.parent / "repro")
     if not repros:
         console.print(f"{path}: no divergence to reproduce")
     for one in repros:

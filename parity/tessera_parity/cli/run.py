@@ -1,8 +1,9 @@
 """`parity run`: the harness itself."""
 
-import sys
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +12,13 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tessera_parity import store as stores
+from tessera_parity.cli.flags import check_device
+from tessera_parity.loading import require
 from tessera_parity.processes import settle_process
 from tessera_parity.result import EXIT_CODES
 from tessera_parity.subjects.context import DEFAULT, FULL, QUICK
-from tessera_shared.errors import ParityError
+from tessera_shared.cli.edge import Interrupted, remembered_interrupts
+from tessera_shared.errors import MissingDependency, ParityError
 
 
 def run(
@@ -32,6 +36,9 @@ def run(
     report: Annotated[Path | None, typer.Option(help="Directory of the results.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run.")] = None,
     only_half: Annotated[str | None, typer.Option(help="torch or jax: one half against the oracle.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes side by side; default: two on a CPU with two cores, else one.")
+    ] = None,
 ) -> None:
     """Compare the halves with each other and the oracle, then prove that the comparison can fail."""
     if resume is not None:
@@ -41,7 +48,7 @@ def run(
             subjects or [], quick, full, model, against, device, dtype, seed, cases, only_half
         )
         store = stores.create(report or stores.default_directory(seed), settings)
-    _go(store, explicit=explicit)
+    _go(store, explicit=explicit, workers=workers)
 
 
 def _settings(
@@ -68,12 +75,14 @@ def _settings(
         )
     if only_half not in (None, "torch", "jax"):
         raise ParityError(f"only-half = {only_half!r}: expected torch or jax, because these are the halves; try torch")
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ParityError(f"device = {device!r}: expected cpu or cuda, because both halves run there; try --device cpu")
+    check_device(device)
     if dtype is not None:
         numerics_for(dtype)
     lane = QUICK if quick else FULL if full else DEFAULT
     chosen, left_out = chosen_subjects(subjects, lane=lane, against_hf=against == "hf", model=model)
+    if model is not None:
+        _check_model(model, subjects)
+    _check_installed(only_half)
     settings = stores.Settings(
         subjects=tuple(subject.name for subject in chosen),
         lane=lane,
@@ -88,34 +97,74 @@ def _settings(
     return settings, bool(subjects)
 
 
-def _go(store: stores.Store, *, explicit: bool) -> None:
+def _check_model(model: str, subjects: list[str]) -> None:
+    """Refuse a model that nothing here reads: a run that looked at something else would be green."""
+    from tessera_parity.given_model import check_model
+
+    read = not subjects or "model" in subjects or ("trajectory" in subjects and model in ("nano", "tiny"))
+    if not read:
+        raise ParityError(
+            f"model = {model!r}: expected a subject that reads it, because {', '.join(subjects)} would not look at it; "
+            "try subject model (or trajectory, with nano or tiny)"
+        )
+    check_model(model)
+
+
+def _check_installed(only_half: str | None) -> None:
+    """Raise `MissingDependency` before anything is written; nothing is imported."""
+    if only_half is not None:
+        require(only_half)
+    elif find_spec("torch") is None and find_spec("jax") is None:
+        raise MissingDependency(
+            "halves = none: expected torch or jax, because there is nothing to hold against the oracle; "
+            "try installing tessera-testbed[torch] or tessera-testbed[jax]"
+        )
+
+
+def _go(store: stores.Store, *, explicit: bool, workers: int | None) -> None:
     """Execute, report, and leave with the verdict's exit code."""
     from tessera_parity.report import write_reports
     from tessera_parity.runner import execute
     from tessera_parity.terminal import print_run
 
     console = Console()
-    settle_process()
-    try:
-        with _progress() as advance:
-            result = execute(store, advance=advance, explicit=explicit)
-    except KeyboardInterrupt:
-        print(
-            f"interrupted: {len(store.checks)} checks are in {store.directory}; "
-            f"go on with: parity run --resume {store.directory}",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
+    num_workers = _num_workers(store.settings, workers)
+    with remembered_interrupts() as is_interrupted:
+        try:
+            with _progress(is_interrupted) as advance:
+                settle_process()
+                result = execute(store, advance=advance, explicit=explicit, num_workers=num_workers)
+        except (KeyboardInterrupt, ImportError) as error:
+            if isinstance(error, ImportError) and not is_interrupted():
+                raise
+            raise Interrupted(
+                f"{len(store.checks)} checks are in {store.directory}; "
+                f"go on with: parity run --resume {store.directory}"
+            ) from None
     write_reports(result, store.directory)
     print_run(result, store.directory, console)
     raise typer.Exit(EXIT_CODES[result.verdict])
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A spinner with what is being done, on standard error, where a person watches."""
+def _progress(is_interrupted: Callable[[], bool]) -> Iterator[Callable[[str], None]]:
+    """A spinner with what is being done, on standard error, where a person watches; and Ctrl-C that is never lost: each
+    step raises one that was swallowed."""
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+
+    def advance(what: str) -> None:
+        if is_interrupted():
+            raise KeyboardInterrupt
+        progress.update(task, description=what)
+
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting")
-        yield lambda what: progress.update(task, description=what)
+        yield advance
+
+
+def _num_workers(settings: stores.Settings, asked: int | None) -> int:
+    """Two by default where there are two cores and more than one subject; one GPU is not shared unless asked."""
+    if asked is not None:
+        return asked
+    return 2 if settings.device == "cpu" and (os.cpu_count() or 1) > 1 and len(settings.subjects) > 1 else 1

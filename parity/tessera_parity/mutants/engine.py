@@ -122,25 +122,45 @@ def prove_all(
     )
 
 
+HALVES = ("torch", "jax", "reference", "shared", "harness")
+"""Where bugs are planted."""
+
+
+def check_choice(names: Sequence[str] | None, halves: Sequence[str] | None) -> list[Mutant]:
+    """Return the planted bugs that are meant, in the order of `names` or of the catalogue; nothing is loaded.
+
+    Raises `ParityError` for an unknown name or half, and where no bug of `names` is in `halves`.
+    """
+    every = {mutant.name: mutant for mutant in catalogue()}
+    for name in names or ():
+        if name not in every:
+            raise ParityError(
+                f"mutant = {name!r}: expected a name from the catalogue, because a bug that is not there cannot "
+                "be planted; try parity mutants without names"
+            )
+    for half in halves or ():
+        if half not in HALVES:
+            raise ParityError(
+                f"half = {half!r}: expected one of {', '.join(HALVES)}, because bugs are planted there; try "
+                f"{HALVES[0]!r}"
+            )
+    chosen = [every[name] for name in names] if names is not None else list(every.values())
+    chosen = [mutant for mutant in chosen if halves is None or mutant.half in halves]
+    if names is not None and not chosen:
+        raise ParityError(
+            f"half = {', '.join(halves or ())}: expected that of a named bug, because no bug is left to plant; try "
+            "leaving --half out"
+        )
+    return chosen
+
+
 _NOT_APPLIED = "not applied: "
 
 
 def _chosen(
     context: Context, names: Sequence[str] | None, halves: Sequence[str] | None
 ) -> tuple[list[Mutant], list[str]]:
-    every = {mutant.name: mutant for mutant in catalogue()}
-    if names is not None:
-        unknown = [name for name in names if name not in every]
-        if unknown:
-            raise ParityError(
-                f"mutant = {unknown[0]!r}: expected a name from the catalogue, because a bug that is not there cannot "
-                "be planted; try parity mutants without names"
-            )
-        chosen = [every[name] for name in names]
-    else:
-        chosen = list(every.values())
-    if halves is not None:
-        chosen = [mutant for mutant in chosen if mutant.half in halves]
+    chosen = check_choice(names, halves)
     installed = {half.name for half in context.halves} | {"reference", "shared", "harness"}
     left_out = [f"mutant {m.name}: {m.half} is not installed" for m in chosen if m.half not in installed]
     chosen = [mutant for mutant in chosen if mutant.half in installed]

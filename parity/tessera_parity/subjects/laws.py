@@ -97,14 +97,15 @@ class _Model:
 
         return gradients
 
-    def batch(self, rows: slice = slice(None)) -> Batch:
-        """Ragged on purpose: each row ignores another number of labels."""
+    def batch(self, row: int | None = None) -> Batch:
+        """Ragged on purpose: each row ignores another number of labels. With `row`, all labels but that row's are ignored."""
         labels_BT = np.roll(self.token_ids_BT, -1, axis=1).astype(np.int32)
         labels_BT[:, -1] = -100
-        for row in range(_ROWS):
-            labels_BT[row, : 2 * row] = -100
-        whole = Batch(self.token_ids_BT, labels_BT, *_places(_ROWS, _POSITIONS))
-        return Batch(*(field[rows] for field in whole))
+        for index in range(_ROWS):
+            labels_BT[index, : 2 * index] = -100
+            if row not in (None, index):
+                labels_BT[index] = -100
+        return Batch(self.token_ids_BT, labels_BT, *_places(_ROWS, _POSITIONS))
 
     @cached_property
     def train(self) -> Callable[[Any], Any]:
@@ -131,7 +132,8 @@ def batch_split(model: _Model) -> Sides:
     """A row's logits do not depend on its neighbors in the batch."""
     whole_BTV = model.logits(model.token_ids_BT)
     for row in range(_ROWS):
-        yield whole_BTV[row : row + 1], model.logits(model.token_ids_BT[row : row + 1])
+        alone_BT = np.broadcast_to(model.token_ids_BT[row], model.token_ids_BT.shape)
+        yield whole_BTV[row], model.logits(alone_BT)[row - 1]
 
 
 def causality(model: _Model) -> Sides:
@@ -142,11 +144,12 @@ def causality(model: _Model) -> Sides:
 
 
 def padding(model: _Model) -> Sides:
-    """Positions of a negative segment are seen by nobody, wherever they stand."""
+    """Positions of a negative segment are seen by nobody, wherever they stand and whatever they hold."""
     ids_BT, (positions_BT, segments_BT) = model.token_ids_BT, _places(_ROWS, _POSITIONS)
-    kept_BTV = model.logits(ids_BT[:, :_PART])
+    kept_BTV = model.logits(ids_BT)[:, :_PART]  # causal: later tokens do not matter
     segments_BT[:, _PART:] = -1
-    yield kept_BTV, model.logits(ids_BT, positions_BT, segments_BT)[:, :_PART]
+    other_BT = np.where(segments_BT < 0, (ids_BT + 1) % model.spec.vocab_size, ids_BT).astype(np.int32)
+    yield kept_BTV, model.logits(other_BT, positions_BT, segments_BT)[:, :_PART]
     shift = _POSITIONS - _PART
     positions_BT[:] = np.maximum(np.arange(_POSITIONS) - shift, 0)
     segments_BT[:] = np.where(np.arange(_POSITIONS) < shift, -1, 0)
@@ -160,8 +163,9 @@ def packing(model: _Model) -> Sides:
     positions_BT[:, _PART:] -= _PART
     segments_BT[:, _PART:] = 1
     packed_BTV = model.logits(ids_BT, positions_BT, segments_BT)
-    yield packed_BTV[:, :_PART], model.logits(ids_BT[:, :_PART])
-    yield packed_BTV[:, _PART:], model.logits(ids_BT[:, _PART:])
+    yield packed_BTV[:, :_PART], model.logits(ids_BT)[:, :_PART]
+    second_BT = np.concatenate([ids_BT[:, _PART:], ids_BT[:, :_PART]], axis=1)
+    yield packed_BTV[:, _PART:], model.logits(second_BT)[:, : _POSITIONS - _PART]
 
 
 def relative_positions(model: _Model) -> Sides:
@@ -173,7 +177,8 @@ def relative_positions(model: _Model) -> Sides:
 def wide_window(model: _Model) -> Sides:
     """A window as long as the text is no window."""
     wide = replace(model, spec=replace(model.spec, sliding_window=_POSITIONS, window_from_layer=0))
-    none = replace(model, spec=replace(model.spec, sliding_window=None, window_from_layer=0))
+    unlimited = replace(model.spec, sliding_window=None, window_from_layer=0)
+    none = model if model.spec == unlimited else replace(model, spec=unlimited)
     yield wide.logits(model.token_ids_BT), none.logits(model.token_ids_BT)
 
 
@@ -197,7 +202,7 @@ def decode(model: _Model) -> Sides:
 def accumulation(model: _Model) -> Sides:
     """Gradients of micro-batches add up to the gradient of the batch, tokens counted over all of it."""
     count, whole = model.plain_gradients(model.batch())
-    parts = [model.plain_gradients(model.batch(slice(row, row + 1))) for row in range(_ROWS)]
+    parts = [model.plain_gradients(model.batch(row)) for row in range(_ROWS)]
     yield np.array([count]), np.array([sum(part[0] for part in parts)])
     for name, value in whole.items():
         yield value, np.sum([part[1][name] for part in parts], axis=0)

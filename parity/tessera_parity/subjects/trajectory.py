@@ -23,7 +23,7 @@ from tessera_parity import budget
 from tessera_parity.halves import Half
 from tessera_parity.result import Check, Question, Verdict
 from tessera_parity.subjects.context import Context, Subject
-from tessera_parity.trained import OPTIONS, Arrays, RealText, real_text, schedule, start, stepper
+from tessera_parity.trained import OPTIONS, Arrays, RealText, Stepper, real_text, schedule, start, stepper
 from tessera_shared.batch import Batch
 from tessera_shared.init import initial_weights
 from tessera_shared.presets import preset
@@ -72,6 +72,7 @@ class _Runs:
     text: RealText
     weights: Arrays
     steps: int
+    steppers: dict[tuple[str, str], Stepper] = field(default_factory=dict)  # compiled once for each half and dtype
 
     @property
     def recorded(self) -> list[int]:
@@ -81,7 +82,9 @@ class _Runs:
 
     def go(self, half: Half, dtype: str, *, reverse_rows: bool = False, gradients: bool = False) -> _Track:
         """Train and return the track."""
-        state, step = start(half, self.weights, dtype), stepper(half, self.spec, dtype)
+        if (half.name, dtype) not in self.steppers:
+            self.steppers[half.name, dtype] = stepper(half, self.spec, dtype)
+        state, step = start(half, self.weights, dtype), self.steppers[half.name, dtype]
         optim, rates, track = half.module("train.optim"), schedule(self.steps), _Track()
         previous: Arrays = {}
         for index in range(self.steps):
@@ -170,31 +173,42 @@ def _open_loop(
     decay = {name: info.decay for name, info in tensor_table(spec).items()}
     rounded = [{name: value.astype(_DTYPE).astype(np.float64) for name, value in step.items()} for step in gradients]
     rates = [float(np.float32(learning_rate(schedule(steps), index))) for index in range(steps)]
-    states = []
-    for side, dtype in ((context.numpy, "float64"), (half, _DTYPE)):
-        params = {name: side.array(value, dtype) for name, value in weights.items()}
-        states.append([side, dtype, params, side.module("train.optim").adamw_init(params, options=OPTIONS)])
+    sides = [_Updates(context.numpy, "float64", weights, decay), _Updates(half, _DTYPE, weights, decay)]
     drift: list[float] = []
     band_first: list[float] = []
     band_second: list[float] = []
     largest = dict.fromkeys(("first", "second"), 0.0)
     for index in range(steps):
-        kept = []
-        for entry in states:
-            side, dtype, params, state = entry
-            optim = side.module("train.optim")
-            grads = {name: side.array(value, dtype) for name, value in rounded[index].items()}
-            rate = side.array(np.asarray(rates[index]), dtype)
-            params, state = optim.adamw_update(params, grads, state, lr=rate, options=OPTIONS, decay_mask=decay)
-            entry[2:] = [params, state]
-            first, second, _ = optim.moments(state)
-            kept.append((_numpy(side, params), _numpy(side, first), _numpy(side, second)))
+        kept = [side.take(rounded[index], rates[index]) for side in sides]
         drift.append(_apart(kept[1][0], kept[0][0]))
         for which, series, position in (("first", band_first, 1), ("second", band_second, 2)):
             largest[which] = max(largest[which], max(float(np.max(np.abs(v))) for v in kept[0][position].values()))
             gap = max(float(np.max(np.abs(kept[1][position][n] - v))) for n, v in kept[0][position].items())
             series.append(gap / largest[which])
     return _open_loop_check(context, half, weights, rates, drift, band_first, band_second)
+
+
+class _Updates:
+    """AdamW of one side on gradients that are given."""
+
+    def __init__(self, half: Half, dtype: str, weights: Arrays, decay: dict[str, bool]) -> None:
+        optim = half.module("train.optim")
+        self._half, self._dtype, self._moments = half, dtype, optim.moments
+        self._params: Any = {name: half.array(value, dtype) for name, value in weights.items()}
+        self._state: Any = optim.adamw_init(self._params, options=OPTIONS)
+        self._update = half.compiled(
+            lambda params, grads, state, lr: optim.adamw_update(
+                params, grads, state, lr=lr, options=OPTIONS, decay_mask=decay
+            )
+        )
+
+    def take(self, gradient: Arrays, rate: float) -> tuple[Arrays, Arrays, Arrays]:
+        """Make one update; return weights and both moments."""
+        grads = {name: self._half.array(value, self._dtype) for name, value in gradient.items()}
+        lr = self._half.array(np.asarray(rate), self._dtype)
+        self._params, self._state = self._update(self._params, grads, self._state, lr)
+        first, second, _ = self._moments(self._state)
+        return _numpy(self._half, self._params), _numpy(self._half, first), _numpy(self._half, second)
 
 
 def _open_loop_check(

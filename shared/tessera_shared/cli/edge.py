@@ -1,21 +1,65 @@
 """The edge of a command line: every mistake becomes one line on standard error and an exit code, never a traceback."""
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import typer
 
+from tessera_shared.cli.entry import INTERRUPTED
 from tessera_shared.errors import TesseraError
 
-USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+USAGE, BROKEN_PIPE = 2, 141
 
 # typer may bring its own copy of click or use the installed one; either way its usage errors descend from this class.
 _UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
+class Interrupted(Exception):
+    """A command was interrupted and has something to say: what is kept, or how to go on."""
+
+
 def run_commands(app: typer.Typer, arguments: Sequence[str], *, program: str) -> int:
     """Run one command line and return its exit code: 0, a TesseraError's, 2 for usage and files, 130 if interrupted."""
+    with remembered_interrupts() as is_interrupted:
+        try:
+            return _run(app, arguments, program)
+        except ImportError:
+            if not is_interrupted():
+                raise
+            return _say_interrupted()
+
+
+@contextmanager
+def remembered_interrupts() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C raise KeyboardInterrupt as usual, and yield a function that tells whether it was pressed.
+
+    For the exception may be lost: Python drops it inside a destructor or a weak reference's callback, of which
+    frameworks have many, and an extension module that is being loaded turns it into its ImportError.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    seen: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        if callable(before):
+            before(number, frame)
+
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield lambda: False  # only the main thread may say what a signal does; an ignored one stays ignored
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _run(app: typer.Typer, arguments: Sequence[str], program: str) -> int:
     try:
         result = app(list(arguments), prog_name=program, standalone_mode=False)
         sys.stdout.flush()
@@ -24,6 +68,8 @@ def run_commands(app: typer.Typer, arguments: Sequence[str], *, program: str) ->
         return result if isinstance(result, int) else 0
     except TesseraError as error:
         return _say(str(error), error.exit_code)
+    except Interrupted as told:
+        return _say_interrupted(str(told))
     except (KeyboardInterrupt, typer.Abort):
         return _say_interrupted()
     except BrokenPipeError:
@@ -56,6 +102,6 @@ def _say_usage(error: Exception, program: str) -> int:
     return _say(f"{describe()} (try `{path} --help`)", USAGE)
 
 
-def _say_interrupted() -> int:
-    print("interrupted; nothing was left half-written", file=sys.stderr)
+def _say_interrupted(what: str = "nothing was left half-written") -> int:
+    print(f"interrupted; {what}", file=sys.stderr)
     return INTERRUPTED

@@ -13,6 +13,7 @@ from tessera_shared.numerics import numerics_for
 from tessera_shared.randomness import stream_key, uniforms
 from tessera_shared.spec import ModelSpec
 from tessera_shared.tokens import Tokenizer
+from tessera_shared.validate import validate_generation
 from tessera_shared.validate_text import check_vocabulary
 from tessera_shared.weights import LoadedModel, load_model
 
@@ -78,6 +79,10 @@ def generated_ids(
 ) -> list[int]:
     """Return the ids that a half generates. DataError where prompt and new tokens exceed the model's positions."""
     numerics = numerics_for(dtype)
+    shape = (1, num_tokens)  # checked before the framework is imported, which takes seconds
+    validate_generation(
+        (1, len(prompt_ids)), model.spec, num_tokens=num_tokens, uniforms_shape=shape, temperature=temperature
+    )
     decode, params, process = (load_half_module(backend, name) for name in ("serve.decode", "model.params", "process"))
     process.prepare_process(numerics, device=device)
     kind = "float64" if dtype == "float64" else "float32"

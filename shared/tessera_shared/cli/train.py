@@ -9,8 +9,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tessera_shared.cli.edge import INTERRUPTED
-from tessera_shared.errors import SpecError
+from tessera_shared.cli.edge import Interrupted
+from tessera_shared.cli.entry import INTERRUPTED
+from tessera_shared.errors import FormatError, SpecError
+from tessera_shared.half_loading import check_half
 from tessera_shared.run_directory import (
     MODEL,
     TOKENIZER,
@@ -126,30 +128,42 @@ def train(
 
 
 def _begin(run_dir: Path, given: dict[str, Any], backend: str, pace: Pace) -> int:
+    _refuse_below_a_file(run_dir)
     refuse_existing_run(run_dir)
     settings = _new_settings(given)
+    check_half(backend)  # importing it takes seconds, which a mistake in the sources should not cost
+    sources = load_sources(settings)
     half = load_half(backend)
     half.process.prepare_process(numerics_of(settings), device=pace.device)
-    sources = load_sources(settings)
     pins = pinned(sources)
     create_run(run_dir, settings, pins, sources.tokenizer.text)
-    with locked_run(run_dir):
+    with locked_run(run_dir), _told_how_to_go_on(run_dir, backend):
         _tell_corpus(pins["corpus"])
         typer.echo("encoding the corpus")
         run = TrainingRun(run_dir, settings, pins, sources, half, pace, typer.echo)
         return _go(run, None)
 
 
+def _refuse_below_a_file(run_dir: Path) -> None:
+    place = next(path for path in run_dir.absolute().parents if path.exists())
+    if not place.is_dir():
+        raise FormatError(
+            f"{run_dir}: below {place}, a file: expected a place for a directory, because the run is kept there; try "
+            "another one"
+        )
+
+
 def _resume(run_dir: Path, given: dict[str, Any], backend: str, pace: Pace) -> int:
     recorded, pins = read_settings(run_dir)
-    half = load_half(backend)
-    with locked_run(run_dir):
+    check_half(backend)
+    with locked_run(run_dir), _told_how_to_go_on(run_dir, backend):
         saved = load_state(run_dir)
         step = 0 if saved is None else saved.step
         settings = resumed_settings(recorded, given, steps_made=step)
-        half.process.prepare_process(numerics_of(settings), device=pace.device)
         sources = load_sources(settings, tokenizer_file=run_dir / TOKENIZER)
         check_pinned(pinned(sources), pins)
+        half = load_half(backend)
+        half.process.prepare_process(numerics_of(settings), device=pace.device)
         if settings != recorded:
             write_settings(run_dir, settings, pins)
             typer.echo(f"{recorded.steps} steps become {settings.steps}: the schedule is that of {settings.steps} now")
@@ -166,8 +180,21 @@ def _go(run: TrainingRun, saved: Any) -> int:
     typer.echo(f"saved {run.directory / MODEL} at step {last} of {run.settings.steps}")
     if finished:
         return 0
-    typer.echo(f"go on with: tessera train {run.directory} --backend {run.half.name} --resume")
+    typer.echo(_how_to_go_on(run.directory, run.half.name))
     return INTERRUPTED if run.is_interrupted else 0
+
+
+@contextmanager
+def _told_how_to_go_on(run_dir: Path, backend: str) -> Iterator[None]:
+    """Say how to go on after a Ctrl-C that the run itself does not meet: while the corpus is encoded, or the second."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"the run is as it was last saved; {_how_to_go_on(run_dir, backend)}") from None
+
+
+def _how_to_go_on(run_dir: Path, backend: str) -> str:
+    return f"go on with: tessera train {run_dir} --backend {backend} --resume"
 
 
 def _new_settings(given: dict[str, Any]) -> RunSettings:

@@ -272,7 +272,7 @@ def _kl(a: np.ndarray, b: np.ndarray, log_ratio: np.ndarray) -> np.ndarray:
 
 def _exp_beyond_line(x: np.ndarray) -> np.ndarray:
     """Return e^x - 1 - x >= 0 without cancellation, by halving: g(x) = expm1(x/2)^2 + 2 g(x/2)."""
-    halvings = 16
+    halvings = 24
     y = x / 2.0**halvings
     total = 2.0**halvings * (y * y / 2.0) * (1.0 + y / 3.0 * (1.0 + y / 4.0 * (1.0 + y / 5.0)))
     for i in range(1, halvings + 1):
