@@ -108,7 +108,12 @@ def _finished(
 ) -> Iterator[Done]:
     """Yield finished tasks as they come. A worker's error is raised here; an interrupt ends the workers first."""
     spawn = multiprocessing.get_context("spawn")  # a forked process would share the frameworks' thread pools
-    with spawn.Pool(num_workers, initializer=_begin, initargs=(settings, time.time())) as pool:
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: workers inherit that they ignore it
+    try:
+        pool = spawn.Pool(num_workers, initializer=_begin, initargs=(settings, time.time()))
+    finally:
+        signal.signal(signal.SIGINT, heard)
+    with pool:
         for number, done in enumerate(pool.imap_unordered(_perform, tasks), 1):
             what = done.task.subject or done.task.kind
             advance(f"{number} of {len(tasks)} done, last {what}")
@@ -120,11 +125,10 @@ _CONTEXT: list[tuple[Context, Settings, float]] = []
 
 
 def _begin(settings: Settings, began: float) -> None:
-    """Start a worker: load the halves once. Ctrl-C is the parent's, who ends the workers."""
+    """Start a worker: load the halves once."""
     from tessera_parity.processes import settle_process
     from tessera_parity.runner import make_context, quiet
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     settle_process()
     _CONTEXT[:] = [(make_context(settings, quiet), settings, began)]
 

@@ -19,7 +19,8 @@ def no_proof(monkeypatch):
     """The proof has tests of its own; here it would only take time."""
     from tessera_parity import runner
 
-    monkeypatch.setattr(runner, "prove", lambda context, run, store, seconds: None)
+    monkeypatch.setattr(runner, "prove", lambda context, seconds, halves=None: None)
+    monkeypatch.setattr(runner, "keep_proof", lambda proof, run, store: None)
     monkeypatch.setattr(runner, "false_alarms", lambda context, settings, seconds: (0, None))
 
 
@@ -97,6 +98,8 @@ def test_an_interrupt_keeps_what_is_there_and_says_how_to_go_on(tmp_path):
         "--only-half",
         "torch",
         "--quick",
+        "--workers",
+        "1",
     ]
     process = subprocess.Popen([*command, "--report", str(directory)], stderr=subprocess.PIPE, text=True)
     state = directory / "state.json"

@@ -5,7 +5,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import tessera_parity
 from tessera_parity.cli.mutants import passes, summary
@@ -140,13 +139,9 @@ def test_rates_of_nothing_are_unknown_and_do_not_pass() -> None:
     assert not passes(proof)
 
 
-def test_an_unknown_bug_is_a_mistake_of_the_caller() -> None:
-    import typer
+def test_an_unknown_bug_is_a_mistake_of_the_caller(capsys: pytest.CaptureFixture[str]) -> None:
+    from tessera_parity.cli.main import run_command_line
 
-    from tessera_parity.cli.mutants import mutants
-
-    app = typer.Typer()
-    app.command()(mutants)
-    result = CliRunner().invoke(app, ["no-such-bug", "--quick"])
-    assert result.exit_code == 2
+    assert run_command_line(["mutants", "no-such-bug", "--quick"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
     assert "no-such-bug" in result.output

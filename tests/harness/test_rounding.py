@@ -41,8 +41,8 @@ GAIN_BEFORE_CAST = {
     ),
     "jax": Patch(
         file="tessera_jax/model/norms.py",
-        find="return unit_BTD.astype(compute) * gain_D",
-        replace="return (unit_BTD * gain_D.astype(up)).astype(compute)",
+        find="return unit_BTD.astype(compute) * gain_BTD",
+        replace="return (unit_BTD * wide_BTD).astype(compute)",
     ),
 }
 PROMOTED = {

@@ -12,6 +12,8 @@ def rms_norm(x_BTD: Array, gain_D: Array, *, eps: float, numerics: Numerics) -> 
     up, compute = dtype_of(numerics.norm), dtype_of(numerics.compute)
     lifted_BTD = x_BTD.astype(up)
     unit_BTD = lifted_BTD * lax.rsqrt(jnp.mean(lifted_BTD * lifted_BTD, axis=-1, keepdims=True) + eps)
+    wide_BTD = jnp.broadcast_to(gain_D.astype(up), unit_BTD.shape)  # in up, so that its gradient is summed in up
     if numerics.norm_gain_after_cast:
-        return unit_BTD.astype(compute) * gain_D
-    return (unit_BTD * gain_D.astype(up)).astype(compute)
+        gain_BTD = wide_BTD.astype(compute)
+        return unit_BTD.astype(compute) * gain_BTD
+    return (unit_BTD * wide_BTD).astype(compute)

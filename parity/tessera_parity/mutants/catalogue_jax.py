@@ -22,12 +22,12 @@ _MODEL = (
         note="flax's default epsilon",
     ),
     _jax(
-        "norm-gain-plus-one", "algebra", "model/norms.py", "return unit_BTD.astype(compute) * gain_D",
-        "return unit_BTD.astype(compute) * (1.0 + gain_D)", "attention.norm", note="Gemma's convention of stored gains",
+        "norm-gain-plus-one", "algebra", "model/norms.py", "return unit_BTD.astype(compute) * gain_BTD",
+        "return unit_BTD.astype(compute) * (1.0 + gain_BTD)", "attention.norm", note="Gemma's convention of stored gains",
     ),
     _jax(
-        "norm-gain-before-cast", "precision", "model/norms.py", "return unit_BTD.astype(compute) * gain_D",
-        "return (unit_BTD * gain_D).astype(compute)", "attention.norm", hints=("rounding",),
+        "norm-gain-before-cast", "precision", "model/norms.py", "return unit_BTD.astype(compute) * gain_BTD",
+        "return (unit_BTD * gain_BTD).astype(compute)", "attention.norm", hints=("rounding",),
         note="bfloat16 times float32 promotes silently: OLMo-2, transformers 38131",
     ),
     _jax(
@@ -103,7 +103,7 @@ _MODEL = (
         "input_layernorm.weight",
         "mlp.norm",
     ),
-    _jax("bias-doubled", "algebra", "model/linear.py", "else y_BTF + bias_F", "else y_BTF + 2.0 * bias_F",
+    _jax("bias-doubled", "algebra", "model/linear.py", "return y_BTF + bias_BTF", "return y_BTF + 2.0 * bias_BTF",
     "attention.q"),
     _jax(
         "residual-stop-gradient", "gradient", "model/transformer.py", "x_BTD + mixed_BTD)",
