@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "reports", help="where the report is written")
     parser.add_argument("--calibrate", action="store_true", help="first measure the legal variants on this device")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script itself")
+    parser.add_argument("--lane", choices=("quick", "full"), default="quick", help="full takes over ten minutes")
     options = parser.parse_args()
     gpu = gpu_name() if options.device == "cuda" else "none (dry run on the CPU)"
     if gpu is None:
@@ -54,8 +55,10 @@ def plan(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """Return (name, arguments of `parity`) for each part."""
     where = ["--device", options.device]
     parts = [("calibrate", ["calibrate", *where])] if options.calibrate else []
-    parts.append(("generated", ["run", *GENERATED, *where]))
-    parts += [(shape.replace(".", "-"), ["run", "model", "--model", shape, *where]) for shape in SHAPES]
+    parts.append(("generated", ["run", *GENERATED, f"--{options.lane}", *where]))
+    parts += [
+        (shape.replace(".", "-"), ["run", "model", "--model", shape, f"--{options.lane}", *where]) for shape in SHAPES
+    ]
     return parts
 
 
