@@ -143,5 +143,6 @@ def test_an_unknown_bug_is_a_mistake_of_the_caller(capsys: pytest.CaptureFixture
     from tessera_parity.cli.main import run_command_line
 
     assert run_command_line(["mutants", "no-such-bug", "--quick"]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
-    assert "no-such-bug" in result.output
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "no-such-bug" in said

@@ -124,7 +124,7 @@ def test_the_witness_denies_what_both_halves_and_the_oracle_share() -> None:
     pytest.importorskip("transformers")
     clean = replace(_torch_only(_clean()), cases=2)
     assert not _red(list(witness.run(clean)))
-    bad = _patched("torch", "model/norms.py", "+ eps", "+ 2 * eps")
+    bad = _patched("torch", "model/norms.py", "keepdim=True) + eps)", "keepdim=True) + 2 * eps)")
     red = [check for check in witness.run(replace(_torch_only(bad), cases=2)) if check.verdict is Verdict.DIVERGENCE]
     assert {check.sides[1] for check in red} == {"torch"}
     assert {check.who for check in red} >= {"torch"}

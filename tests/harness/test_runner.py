@@ -148,10 +148,11 @@ def test_no_framework_at_all_is_an_environment_error(monkeypatch):
 
 def test_only_one_half_says_that_the_other_was_left_out():
     pytest.importorskip("torch")
-    context, left_out = make_context(Settings(subjects=("ops",), only_half="torch"), quiet)
+    settings = Settings(subjects=("ops",), only_half="torch")
+    context = make_context(settings, quiet)
     assert context.jax is None
     assert context.torch is not None
-    assert left_out == ["half jax: --only-half torch"]
+    assert runner.installed_halves(settings) == (["torch"], ["half jax: --only-half torch"])
 
 
 @pytest.mark.parametrize(("observed", "rate"), [(0.0, 0.0), (1.0, 1.0)])
@@ -164,7 +165,7 @@ def test_false_alarms_are_counted_over_other_seeds(monkeypatch, observed, rate):
 
     monkeypatch.setattr(runner, "SUBJECTS", tuple(Subject(name=n, about=n, run=run) for n in runner.RERUN))
     monkeypatch.setitem(runner.RERUN_LIMIT, QUICK, 5)
-    context, _ = make_context(Settings(subjects=("ops",), only_half="torch", lane=QUICK), quiet)
+    context = make_context(Settings(subjects=("ops",), only_half="torch", lane=QUICK), quiet)
     assert false_alarms(context, Settings(subjects=(), lane=QUICK), seconds=60.0) == (5, rate)
     assert len(set(seeds)) == 5
     assert 0 not in seeds
@@ -200,5 +201,16 @@ def test_the_quick_lane_gives_proof_and_reruns_what_is_left_and_never_nothing():
     assert runner.proof_seconds("full", 1000.0) is None
     assert runner.rerun_seconds(QUICK, 10.0) == 4.0
     assert runner.rerun_seconds(QUICK, 1000.0) < 0.0
-    context, _ = make_context(Settings(subjects=("ops",), only_half="torch", lane=QUICK), quiet)
+    context = make_context(Settings(subjects=("ops",), only_half="torch", lane=QUICK), quiet)
     assert false_alarms(context, Settings(subjects=(), lane=QUICK), seconds=-1.0) == (1, 0.0)
+
+
+def test_two_workers_find_what_one_finds(tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("jax")
+    settings = Settings(subjects=("streams", "files"), lane=QUICK, cases=2)
+    alone = execute(store.create(tmp_path / "one", settings), advance=quiet, proof=False)
+    together = execute(store.create(tmp_path / "two", settings), advance=quiet, proof=False, num_workers=2)
+    seen = [[(c.subject, c.name, c.sides, c.compared, c.observed) for c in run.checks] for run in (alone, together)]
+    assert seen[0] == seen[1]
+    assert sorted(store.reopen(tmp_path / "two").finished) == ["files", "streams"]
