@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := torch,jax,hf,parity,parquet,dev
-WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
 # No folder of this checkout may shadow an installed package (kernels/ is also a published package's name).
 export PYTHONSAFEPATH := 1
