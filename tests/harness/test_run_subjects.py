@@ -14,6 +14,7 @@ from tessera_parity.result import Check, Verdict
 from tessera_parity.subjects import decode, files, laws, native, streams, text, trajectory, witness
 from tessera_parity.subjects.context import QUICK, Context
 from tessera_shared import packing
+from tessera_shared.tokens import Tokenizer
 
 pytest.importorskip("torch")
 pytest.importorskip("jax")
@@ -171,3 +172,12 @@ def test_a_sampled_flip_is_explained_at_the_border_of_two_intervals_only(how: Sa
     assert sampled_gap(logits_V, high, first, second, how=how, logit_error=1e-9) == 0.0
     assert sampled_gap(logits_V, high + 1e-3, first, second, how=how, logit_error=1e-9) > 0.0
     assert sampled_gap(logits_V, 0.01, first, second, how=how, logit_error=1e-9) > 0.0
+
+
+def test_the_witness_reads_text_as_we_do_and_sees_a_lost_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    context = replace(_torch_only(_clean()), cases=3)
+    assert witness._tokens(context).verdict is Verdict.PARITY
+    honest = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: honest(self, text)[:-1])
+    assert witness._tokens(context).verdict is Verdict.DIVERGENCE

@@ -6,7 +6,7 @@ It also votes on *who moved*: where a half leaves the oracle, the witness says w
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ import numpy as np
 from tessera_parity import hf_witness
 from tessera_parity.budget import witness_limit
 from tessera_parity.compare import relative_difference
+from tessera_parity.exact import Equalities
 from tessera_parity.families import family_spec, random_weights
 from tessera_parity.halves import Half
 from tessera_parity.result import Check, Question, Verdict
 from tessera_parity.subjects.context import Context, Subject
+from tessera_parity.trained import real_text
 from tessera_shared.numerics import FLOAT64
+from tessera_shared.presets import preset
 from tessera_shared.spec import ARCHITECTURES, ModelSpec
 from tessera_shared.weights import load_model, save_model
 
@@ -52,6 +55,7 @@ def run(context: Context) -> Iterator[Check]:
             _one_case(context, family, (context.seed, 17, family_index, index), tallies)
         for half in (context.numpy, *context.halves):
             yield _check(family, half, tallies, context.device)
+    yield _tokens(context)
     yield from _files(context)
 
 
@@ -108,6 +112,23 @@ def _files(context: Context) -> Iterator[Check]:
         token_ids_BT = rng.integers(0, spec.vocab_size, _TOKENS).astype(np.int32)
         with tempfile.TemporaryDirectory() as folder:
             yield from _file_checks(context, spec, arrays, token_ids_BT, Path(folder))
+
+
+def _tokens(context: Context) -> Check:
+    """The same text through our tokenizer and through transformers' reading of its file."""
+    context.advance("witness: tokenizer")
+    transformers, text = hf_witness.require_transformers(), real_text(preset("nano").vocab_size)
+    equal = Equalities("witness", "text through both tokenizers", ("transformers", "tokenizer"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        text.tokenizer.save(path)
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    for document in text.corpus.held_out[: context.budget(quick=10, default=40, full=200)]:
+        sample = document.text[:3000]
+        ids = text.tokenizer.encode(sample)
+        equal.sequences(theirs.encode(sample, add_special_tokens=False), ids, document.name)
+        equal.values(theirs.decode(ids, clean_up_tokenization_spaces=False), text.tokenizer.decode(ids), document.name)
+    return replace(equal.check("held-out documents, there and back"), question=Question.WITNESS)
 
 
 def _file_checks(
