@@ -6,7 +6,7 @@ import pytest
 
 from tessera_parity import runner, store
 from tessera_parity.report.jsonl import read_checks
-from tessera_parity.result import Check, Question, Run, Verdict
+from tessera_parity.result import Check, MutantOutcome, Question, Run, Verdict
 from tessera_parity.runner import chosen_subjects, execute, false_alarms, make_context, subjects_named
 from tessera_parity.store import Settings
 from tessera_parity.subjects.context import QUICK, Subject
@@ -214,3 +214,18 @@ def test_two_workers_find_what_one_finds(tmp_path):
     seen = [[(c.subject, c.name, c.sides, c.compared, c.observed) for c in run.checks] for run in (alone, together)]
     assert seen[0] == seen[1]
     assert sorted(store.reopen(tmp_path / "two").finished) == ["files", "streams"]
+
+
+@pytest.mark.parametrize(("num_missed", "verdict"), [(0, "parity"), (1, "parity"), (2, "inconclusive")])
+def test_a_run_that_misses_what_was_planted_is_not_parity(num_missed, verdict):
+    outcomes = [
+        MutantOutcome(
+            name=f"bug {index}", half="torch", kind="algebra", killed=index >= num_missed, killed_by=None,
+            expected_op=None, named_op=None,
+        )
+        for index in range(20)
+    ]  # fmt: skip
+    assert runner._caught(outcomes).verdict == verdict
+    assert runner._caught([]).verdict == "inconclusive"
+    assert runner._applied(outcomes, ["moved away"]).verdict == "divergence"
+    assert runner._applied([], []).verdict == "divergence"

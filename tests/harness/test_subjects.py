@@ -47,6 +47,13 @@ MUST_FAIL = [
     (ops, "model/norms.py", "True) + eps)", "True) + eps * 1.001)", "model.norms.rms_norm"),
     (block, "model/mlp.py", "layer_prefix(layer)", "layer_prefix(max(0, layer - 1))", "mlp_block"),
     (forward, "model/norms.py", "True) + eps)", "True) + eps * 1.001)", "attention.norm"),
+    (
+        losses,
+        "distil/losses.py",
+        "Rule(Divergence.REVERSE_KL, temperature)",
+        "Rule(Divergence.REVERSE_KL, temperature * 1.001)",
+        "distil.losses.reverse_kl",
+    ),
     (optimizer, "train/optim.py", "beta2, state.step + 1", "beta2, state.step + 2", "params"),
 ]
 
