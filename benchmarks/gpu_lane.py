@@ -22,15 +22,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ROOMS = ("shared", "kernels", "torch_impl", "jax_impl", "parity")
 
-GENERATED = ("ops", "block", "forward", "losses", "gradients", "optimizer", "rounding")
+GENERATED = ("ops", "block", "forward", "losses", "gradients", "optimizer", "trajectory")
 SHAPES = ("tiny", "qwen3-0.6b")
+SHAPE_CASES = {"tiny": 40, "qwen3-0.6b": 30}
+"""Calibration cases of a real shape: large tensors scatter little, and are drawn and differentiated in float64."""
 
 
 def main() -> int:
     """Run the parts, write the report, return the worst exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "reports", help="where the report is written")
-    parser.add_argument("--calibrate", action="store_true", help="first measure the legal variants on this device")
+    parser.add_argument("--calibrate", action="store_true", help="first measure the legal variants on this device: 20 minutes")
+    parser.add_argument("--only", action="append", help="run this part alone: generated, rounding, tiny, qwen3-0-6b")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script itself")
     parser.add_argument("--lane", choices=("quick", "full"), default="quick", help="full takes over ten minutes")
     options = parser.parse_args()
@@ -54,12 +57,24 @@ def main() -> int:
 def plan(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """Return (name, arguments of `parity`) for each part."""
     where = ["--device", options.device]
-    parts = [("calibrate", ["calibrate", *where])] if options.calibrate else []
+    jobs = ["--jobs", str(os.cpu_count() or 1)]
+    parts = []
+    if options.calibrate:
+        parts.append(("calibrate", ["calibrate", "--cases", "60", *jobs, *where]))
+        parts += [
+            (f"calibrate-{_slug(shape)}", ["calibrate", "--pool", shape, "--cases", str(cases), *jobs, *where])
+            for shape, cases in SHAPE_CASES.items()
+        ]
     parts.append(("generated", ["run", *GENERATED, f"--{options.lane}", *where]))
+    parts.append(("rounding", ["run", "rounding", *where]))
     parts += [
-        (shape.replace(".", "-"), ["run", "model", "--model", shape, f"--{options.lane}", *where]) for shape in SHAPES
+        (_slug(shape), ["run", "model", "rounding", "--model", shape, f"--{options.lane}", *where]) for shape in SHAPES
     ]
-    return parts
+    return [(name, arguments) for name, arguments in parts if not options.only or name in options.only]
+
+
+def _slug(shape: str) -> str:
+    return shape.replace(".", "-")
 
 
 def part(name: str, arguments: list[str], folder: Path) -> dict[str, object]:

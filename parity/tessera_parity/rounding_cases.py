@@ -6,6 +6,11 @@ q/k norm, window, YaRN, untied) and `capped` (two layers, Gemma-like: soft caps,
 from 10^-3.5 up to 10^1.5, so that the norm's epsilon matters in some), gains are far from one (a gain of one rounds
 nothing), rows start at positions up to a thousand, and one row is packed.
 
+Two more pools have the shapes that people train, for runs that name them (`--model`): `tiny`, and `qwen3-0.6b` with
+two of its layers and a sixteenth of its vocabulary. Their sums are as long as real ones; the vocabulary is cut because a
+case is drawn and differentiated in float64 on the CPU, and its length enters one sum only (the head's gradient to the
+final norm).
+
 A `Reordering` is the same model with rows, tokens, heads, widths and vocabulary renumbered: mathematically nothing
 changes, but every sum over any of them is taken in another order. Half of what is legal is just that.
 """
@@ -16,6 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tessera_shared.numerics import Numerics
+from tessera_shared.presets import PRESETS
 from tessera_shared.reference.rounding import round_to
 from tessera_shared.spec import ModelSpec, RopeSpec
 from tessera_shared.tensors import tensor_table
@@ -35,6 +41,15 @@ POOLS: dict[str, ModelSpec] = {
         max_positions=2 * LONGEST, norm_eps=1e-5, tie_embeddings=True, attention_softcap=4.0, logit_softcap=9.0,
     ),
 }  # fmt: skip
+
+_QWEN = PRESETS["qwen3-0.6b"]
+SHAPES: dict[str, ModelSpec] = {
+    "tiny": PRESETS["tiny"],
+    "qwen3-0.6b": replace(_QWEN, num_layers=2, vocab_size=_QWEN.vocab_size // 16, bos_token_id=None, eos_token_id=None),
+}
+"""Pools of real shapes, by the preset's name."""
+
+ALL_POOLS: dict[str, ModelSpec] = POOLS | SHAPES
 
 TAP_LETTERS: dict[str, str] = {
     "embed": "BTD", "attention.norm": "BTD", "attention.q": "BTNH", "attention.k": "BTKH", "attention.v": "BTKH",
@@ -69,6 +84,11 @@ def tap_dtype(name: str, numerics: Numerics) -> str:
     """Return the dtype that the policy gives a tapped value."""
     special = {"attention.scores": numerics.softmax, "logits": numerics.logits}
     return special.get(tensor_class(name), numerics.compute)
+
+
+def held_wide(stream: str) -> bool:
+    """Return whether a stream's tensor (`rich/grad attention.scores`) stays in a policy's wider dtype."""
+    return stream.rpartition("/")[2].removeprefix("grad ") in ("attention.scores", "logits")
 
 
 def case_rng(seed: int, pool: str, index: int) -> np.random.Generator:

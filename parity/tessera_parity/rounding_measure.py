@@ -24,10 +24,12 @@ from tessera_parity.resync import (
     true_gradients,
 )
 from tessera_parity.rounding_cases import (
+    ALL_POOLS,
     POOLS,
     Reordering,
     RoundingCase,
     case_rng,
+    held_wide,
     rounding_case,
     tap_dtype,
     tensor_class,
@@ -35,7 +37,7 @@ from tessera_parity.rounding_cases import (
 from tessera_parity.rounding_losses import LossCase, loss_case, observe_losses, reference_losses
 from tessera_parity.variants import Variant, quiet
 from tessera_shared.errors import ParityError
-from tessera_shared.numerics import FLOAT64, Numerics, numerics_for
+from tessera_shared.numerics import FLOAT64, UNIT_ROUNDOFF, Numerics, numerics_for
 from tessera_shared.reference.rounding import round_to
 
 LOSSES = "losses"
@@ -78,8 +80,8 @@ class Tally:
 
     def add(self, stream: str, pairs: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
         """Add one case of a stream: (half, truth, ideal) of each layer."""
-        ours = ideals = 0.0
-        count, layers = 0, []
+        ours = ideals = counted = 0.0
+        count, layers, least = 0, [], least_error(stream, numerics_for(self.dtype))
         for half, truth, ideal in pairs:
             reason = mask_fault(half, truth)
             if reason:
@@ -87,6 +89,7 @@ class Tally:
                 return
             error = relative_error(half, truth)
             ours, ideals, count = ours + error**2, ideals + relative_error(ideal, truth) ** 2, count + truth.size
+            counted += max(error, least) ** 2
             layers.append(error)
         self.numbers[stream] = count
         if ideals == 0.0:
@@ -96,8 +99,20 @@ class Tally:
                 self.exact[stream] += count
             return
         with np.errstate(divide="ignore"):
-            self.values[stream].append(float(0.5 * np.log(ours / ideals)))
+            self.values[stream].append(float(0.5 * np.log(counted / ideals)))
         self.by_layer[stream].append(layers)
+
+
+def least_error(stream: str, numerics: Numerics) -> float:
+    """Return the smallest relative error that counts: one rounding in the dtype that a policy accumulates in.
+
+    A compiler that keeps an accumulator's digits where the policy rounds them off is often exact by luck (a sum of few
+    bfloat16 numbers fits in float32), and the logarithm of zero says nothing. Values that stay in the wide dtype have
+    no narrower rounding to lose: there nothing is raised.
+    """
+    if numerics.softmax == numerics.compute or held_wide(stream):
+        return 0.0
+    return UNIT_ROUNDOFF[numerics.softmax]
 
 
 def relative_error(value: np.ndarray, truth: np.ndarray) -> float:
@@ -123,22 +138,22 @@ def mask_fault(value: np.ndarray, truth: np.ndarray) -> str | None:
 
 
 @lru_cache(maxsize=2)
-def _clean(name: str) -> Half:
-    return load_half(name)
+def _clean(name: str, device: str) -> Half:
+    return load_half(name, device=device)
 
 
 def gradient_truth(half: Half) -> Half:
-    """Return the half whose float64 gradients are the truth for `half`: torch on the CPU, or JAX where torch is missing.
+    """Return the half whose float64 gradients are the truth for `half`: torch, or JAX where torch is missing.
 
     Question 1 holds both halves to the oracle's complex-step derivatives, far below any error measured here; torch
     needs no compilation. It is always a clean copy, so a planted bug does not move its own truth.
     """
-    return _clean("torch" if find_spec("torch") is not None else half.name)
+    return _clean("torch" if find_spec("torch") is not None else half.name, half.device)
 
 
 def prepare(oracle: Half, truth: Half | None, pool: str, numerics: Numerics, *, seed: int, index: int) -> Prepared:
     """Draw a case and compute what is true of it; gradients only when `truth` is given."""
-    case = rounding_case(POOLS[pool], numerics, case_rng(seed, pool, index))
+    case = rounding_case(ALL_POOLS[pool], numerics, case_rng(seed, pool, index))
     reference = reference_values(oracle, case, numerics)
     gradients = None if truth is None else true_gradients(truth, case, reference.synced, numerics=numerics)
     return Prepared(pool, index, seed, case, reference, gradients)

@@ -17,6 +17,7 @@ from pathlib import Path
 from tessera_parity.halves import Half
 from tessera_parity.loading import Patch, load_half
 from tessera_parity.resync import EAGER, FUSED, STRICT
+from tessera_parity.rounding_cases import POOLS
 from tessera_shared.errors import ParityError
 
 FAITHFUL = "faithful"
@@ -157,11 +158,20 @@ def _jax_cpu() -> list[Variant]:
 
 
 def _jax_cuda() -> list[Variant]:
+    """XLA times algorithms and keeps the fastest, so a product's order of summation may change from run to run: the
+    choices are forced here one by one, and drawn again.
+    """
     flags = {
         "no-triton-gemm": ("cuBLAS instead of generated products", "--xla_gpu_enable_triton_gemm=false"),
         "no-autotune": ("first algorithm instead of the fastest", "--xla_gpu_autotune_level=0"),
+        "triton-gemm": ("generated products only", "--xla_gpu_cublas_fallback=false"),
+        "cublaslt": ("cuBLASLt for every product", "--xla_gpu_enable_cublaslt=true"),
     }
-    return [
+    again = [
+        Variant(name=f"again-{number}", half="jax", about="algorithms timed and chosen anew", mode=STRICT)
+        for number in (1, 2)
+    ]
+    return again + [
         Variant(name=name, half="jax", about=about, mode=STRICT, environment=(("XLA_FLAGS", flag),))
         for name, (about, flag) in flags.items()
     ]
@@ -173,13 +183,24 @@ def quiet(what: str) -> None:
 
 
 def run_apart(
-    variant: Variant, *, dtypes: Sequence[str], cases: int, seed: int, device: str, timeout_s: float | None = None
+    variant: Variant,
+    *,
+    dtypes: Sequence[str],
+    cases: int,
+    seed: int,
+    device: str,
+    pools: Sequence[str] = tuple(POOLS),
+    cores: int = 1,
+    timeout_s: float | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """Measure a variant in a process of its own: dtype -> stream -> log ratios by case.
 
-    ParityError when the process fails.
+    The losses and the update are measured with the pools that every run uses, not with real shapes (`SHAPES`) alone.
+    `cores`: on a GPU, how many the float64 truth may use; on the CPU the variant says. ParityError when the process
+    fails.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(variant.threads), **dict(variant.environment)}
+    threads = variant.threads if device == "cpu" else cores
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **dict(variant.environment)}
     if device == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
     with tempfile.TemporaryDirectory() as directory:
@@ -187,6 +208,7 @@ def run_apart(
         command = [
             sys.executable, "-m", "tessera_parity.variants", variant.half, variant.name, "--device", device,
             "--dtypes", ",".join(dtypes), "--cases", str(cases), "--seed", str(seed), "--output", str(output),
+            "--pools", ",".join(pools),
         ]  # fmt: skip
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout_s)
         if done.returncode != 0:
@@ -206,6 +228,7 @@ def measure(
     cases: int,
     seed: int,
     device: str,
+    pools: Sequence[str] = tuple(POOLS),
     advance: Callable[[str], None] = quiet,
 ) -> dict[str, dict[str, list[float]]]:
     """Measure a variant in this process, whose environment must be the variant's."""
@@ -215,15 +238,18 @@ def measure(
         load_half(variant.half, device=device, patches=variant.patches),
         load_half(variant.half, device=device),
     )
-    if variant.half == "torch":
+    if variant.half == "torch" and device == "cpu":
         import torch
 
         torch.set_num_threads(variant.threads)
     oracle = load_half("numpy")
     return {
-        dtype: collect(oracle, half, variant, truth=_truth(clean), dtype=dtype, cases=cases, seed=seed, advance=advance)
+        dtype: collect(
+            oracle, half, variant, truth=_truth(clean), dtype=dtype, cases=cases, seed=seed, pools=pools,
+            losses=set(pools) >= set(POOLS), advance=advance,
+        )
         for dtype in dtypes
-    }
+    }  # fmt: skip
 
 
 def _truth(clean: Half) -> Half:
@@ -242,12 +268,16 @@ def main() -> None:
     parser.add_argument("--dtypes", required=True)
     parser.add_argument("--cases", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--pools", default=",".join(POOLS))
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     found = [one for one in variants_of(given.half, device=given.device, compiled=True) if one.name == given.variant]
     if not found:
         raise ParityError(f"variant = {given.variant!r}: expected a variant of {given.half}; try 'eager'")
-    values = measure(found[0], dtypes=given.dtypes.split(","), cases=given.cases, seed=given.seed, device=given.device)
+    values = measure(
+        found[0], dtypes=given.dtypes.split(","), cases=given.cases, seed=given.seed, device=given.device,
+        pools=given.pools.split(","),
+    )  # fmt: skip
     given.output.write_text(json.dumps(values), encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tessera_parity.budget import LAMBDA
-from tessera_parity.rounding_cases import CASES_VERSION, POOLS
+from tessera_parity.rounding_cases import ALL_POOLS, CASES_VERSION, held_wide
 from tessera_parity.sequential import SHARE_BAND, Band, legal_band, sub_gaussian_scale, variance_factor
 from tessera_shared.atomic import replace_file
 from tessera_shared.errors import FormatError
@@ -63,12 +63,32 @@ class Entry:
     variants: dict[str, VariantStats]
     quantiles: dict[str, list[float]] = field(default_factory=dict)  # of the first variant, for the QQ plot
     left_out: dict[str, str] = field(default_factory=dict)  # variants that this machine could not run, and why
+    pools: dict[str, dict[str, str]] = field(default_factory=dict)  # measured later than the rest: where and when
     cases_version: int = CASES_VERSION
     format_version: int = FORMAT_VERSION
 
     def streams(self, family: str) -> list[str]:
         """Return the streams that a family has a band for."""
         return sorted({name for one in self.variants.values() if one.family == family for name in one.streams})
+
+    def with_pools(self, later: "Entry", pools: Sequence[str]) -> "Entry":
+        """Return this entry with the streams of `pools` as `later` measured them; all else stays, the same pools of
+        variants that `later` did not measure included.
+        """
+
+        def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+            kept = {stream: value for stream, value in old.items() if stream.partition("/")[0] not in pools}
+            return kept | {stream: value for stream, value in new.items() if stream.partition("/")[0] in pools}
+
+        variants = dict(self.variants)
+        for name, one in later.variants.items():
+            old = self.variants[name].streams if name in self.variants else {}
+            variants[name] = replace(one, streams=joined(old, one.streams))
+        source = {"date": later.date, "cpu": later.machine.get("cpu", "")}
+        return replace(
+            self, variants=variants, quantiles=joined(self.quantiles, later.quantiles),
+            pools=self.pools | dict.fromkeys(pools, source),
+        )  # fmt: skip
 
     def band(self, stream: str, family: str, *, alpha: float) -> Band | None:
         """Return a stream's legal band at the stream's share `alpha` of false alarms, or None where nothing was
@@ -102,10 +122,10 @@ def rounding_floor(stream: str, dtype: str) -> float:
     only calibration knows it.
     """
     numerics = numerics_for(dtype)
-    tensor = stream.rpartition("/")[2].removeprefix("grad ")
-    if numerics.softmax == numerics.compute or tensor in ("attention.scores", "logits"):
+    spec = ALL_POOLS.get(stream.partition("/")[0])
+    if spec is None or numerics.softmax == numerics.compute or held_wide(stream):
         return 0.0
-    longest = max(max(spec.ffn_width, spec.width, spec.vocab_size) for spec in POOLS.values())
+    longest = max(spec.ffn_width, spec.width, spec.vocab_size)
     return LAMBDA * math.sqrt(longest) * UNIT_ROUNDOFF[numerics.softmax] / UNIT_ROUNDOFF[numerics.compute]
 
 

@@ -100,12 +100,14 @@ def _settings(
 def _check_model(model: str, subjects: list[str]) -> None:
     """Refuse a model that nothing here reads: a run that looked at something else would be green."""
     from tessera_parity.given_model import check_model
+    from tessera_parity.rounding_cases import SHAPES
 
-    read = not subjects or "model" in subjects or ("trajectory" in subjects and model in ("nano", "tiny"))
+    readers = {"trajectory": ("nano", "tiny"), "rounding": tuple(SHAPES)}
+    read = not subjects or "model" in subjects or any(model in readers.get(name, ()) for name in subjects)
     if not read:
         raise ParityError(
             f"model = {model!r}: expected a subject that reads it, because {', '.join(subjects)} would not look at it; "
-            "try subject model (or trajectory, with nano or tiny)"
+            f"try subject model (or trajectory with nano or tiny, or rounding with {' or '.join(SHAPES)})"
         )
     check_model(model)
 
