@@ -53,11 +53,14 @@ parity-full: $(READY) ## the same with every case, every mutant and Hugging Face
 mutants: $(READY) ## every planted bug, one row each
 	$(BIN)/parity mutants
 
-bench: $(READY) ## measurements that run on a CPU
+bench: $(READY) ## measurements that run on a CPU; the kernels' benchmarks as a dry run
 	$(BIN)/python benchmarks/bench_false_alarms.py --runs 20
+	$(BIN)/python benchmarks/kernels/run_all.py --dry
 
-gpu: $(READY) ## questions 1 and 2 on an NVIDIA GPU; writes a dated report under benchmarks/reports
+gpu: $(READY) ## on an NVIDIA GPU: parity's questions, kernels fuzzed, kernels beside their peers; dated reports
 	$(BIN)/python benchmarks/gpu_lane.py
+	$(BIN)/parity run kernels --device cuda --only-half torch
+	$(BIN)/python benchmarks/kernels/run_all.py
 
 docs: $(READY) ## run every code block of README and docs
 	$(BIN)/python -m pytest tests/house/test_docs.py

@@ -32,7 +32,9 @@ def main() -> int:
     """Run the parts, write the report, return the worst exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "reports", help="where the report is written")
-    parser.add_argument("--calibrate", action="store_true", help="first measure the legal variants on this device: 20 minutes")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="first measure the legal variants on this device: 20 minutes"
+    )
     parser.add_argument("--only", action="append", help="run this part alone: generated, rounding, tiny, qwen3-0-6b")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script itself")
     parser.add_argument("--lane", choices=("quick", "full"), default="quick", help="full takes over ten minutes")

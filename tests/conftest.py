@@ -1,10 +1,13 @@
 """Fixtures that more than one folder of tests needs."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu" if not os.environ.get("TESSERA_GPU") else "")
+if not Path("/dev/nvidiactl").exists():  # read when triton is first imported, which any test's torch.compile may do
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings

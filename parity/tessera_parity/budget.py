@@ -156,6 +156,27 @@ def token_budget(spec: ModelSpec, *, num_positions: int, dtype: str, logits: np.
     return LAMBDA * math.sqrt(roundings) * UNIT_ROUNDOFF[dtype] * float(np.max(np.abs(logits)))
 
 
+CHANCE = 1e-3
+"""Probability that a sample of the law it is held against fails its check by bad luck; a test's seed is fixed, so it
+is red always or never."""
+
+
+def chance_limit(results: int = 1) -> float:
+    """Return how many standard deviations the largest of `results` nearly normal results stays below.
+
+    sqrt(2 log(2 results / CHANCE)): Chernoff's bound of the normal tail, both sides, summed over the results.
+    """
+    return math.sqrt(2.0 * math.log(2.0 * results / CHANCE))
+
+
+def distribution_limit(size: int) -> float:
+    """Return how far `size` numbers' empirical distribution function stays from the true one, everywhere.
+
+    sqrt(log(2 / CHANCE) / (2 size)): Massart 1990, *The tight constant in the Dvoretzky-Kiefer-Wolfowitz inequality*.
+    """
+    return math.sqrt(math.log(2.0 / CHANCE) / (2.0 * size))
+
+
 def loss_gradient_floor(function: str, inputs: Mapping[str, Any], weight_BT: np.ndarray) -> float:
     """Return the size of the terms that cancel in a loss's gradient by logits or hidden states.
 

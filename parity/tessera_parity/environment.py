@@ -67,7 +67,7 @@ def jax_side() -> dict[str, Any]:
     config: Any = jax.config
     return {
         "version": str(jax.__version__),
-        "threads": os.environ.get("OMP_NUM_THREADS", "all cores (XLA's own pool)"),
+        "threads": str(xla_threads()),
         "float64": bool(config.jax_enable_x64),
         "float32 matmul": str(config.jax_default_matmul_precision or "the backend's default"),
         "deterministic": "xla_gpu_deterministic_ops" in os.environ.get("XLA_FLAGS", ""),
@@ -76,13 +76,26 @@ def jax_side() -> dict[str, Any]:
     }
 
 
+def xla_threads() -> int:
+    """Return how many threads XLA may spread one product over on a CPU.
+
+    XLA reads PJRT_NPROC, else NPROC, else counts the cores that the process may use; OMP_NUM_THREADS it does not read.
+    """
+    if "xla_cpu_multi_thread_eigen=false" in os.environ.get("XLA_FLAGS", ""):
+        return 1
+    for name in ("PJRT_NPROC", "NPROC"):
+        if os.environ.get(name, "").strip().isdigit():
+            return max(1, int(os.environ[name]))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def differences(sides: dict[str, dict[str, Any]]) -> list[str]:
-    """Return one line for every setting that both sides have and that differs."""
+    """Return one line for every setting that both sides have and that differs in words: 1 is "1"."""
     if len(sides) < 2:
         return []
     torch, jax = sides["torch"], sides["jax"]
     common = [name for name in torch if name in jax and name != "version"]
-    return [f"{name}: torch {torch[name]}, jax {jax[name]}" for name in common if torch[name] != jax[name]]
+    return [f"{name}: torch {torch[name]}, jax {jax[name]}" for name in common if str(torch[name]) != str(jax[name])]
 
 
 def installed_version(package: str) -> str | None:

@@ -17,12 +17,17 @@ def settle_process() -> None:
     hide where it does not.
     """
     if find_spec("torch"):
-        import torch
-
-        torch.set_num_threads(1)
-        torch.set_float32_matmul_precision("highest")
+        settle_torch()
     if find_spec("jax"):
         keep_compiled_primitives()
+
+
+def settle_torch() -> None:
+    """One thread, and float32 products in full float32."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
 
 
 def keep_compiled_primitives() -> None:

@@ -1,7 +1,7 @@
 """Repro files of a whole model: forward tap, cached decoding, or gradient, on the shrunk case."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,8 @@ from tessera_parity.cases import ModelCase
 from tessera_parity.compare import relative_difference
 from tessera_parity.halves import Half
 from tessera_parity.localize import (
+    BACKWARD,
+    FORWARD,
     SURPRISES,
     Culprit,
     gradient_limit,
@@ -21,7 +23,7 @@ from tessera_parity.localize import (
 from tessera_parity.localize_decode import decoded_logits, localize_decode, prefill_of
 from tessera_parity.repro_files import Point, point_of, write_file
 from tessera_parity.repro_source import Source, module_of
-from tessera_parity.shrink import Shrunk, shrink
+from tessera_parity.shrink import Shrunk, is_seeded, shrink
 from tessera_shared.batch import Batch
 from tessera_shared.errors import ParityError
 from tessera_shared.numerics import FLOAT64
@@ -33,15 +35,23 @@ def write_model_repro(
 ) -> tuple[list[Path], Shrunk, Culprit]:
     """Localize, shrink and write both files; return them with the shrunk case and the culprit.
 
-    Raises `ParityError` when nothing departs on this case: a repro of nothing is not written.
+    `oracle` is whoever is held to be right: a half, where the oracle itself is the suspect. Raises `ParityError` when
+    nothing departs on this case: a repro of nothing is not written.
     """
-    culprit, question = _localize(oracle, half, case)
-    if culprit is None or question is None:
+    located = locate(oracle, half, case)
+    if located is None:
         raise ParityError(
             f"repro of {name}: expected a divergence of {half.name} on this case, because a repro must show one; try "
             "the version and machine that wrote the report"
         )
-    ask, op = question, culprit.op
+    return write_located(oracle, half, case, located, out, name=name, max_attempts=max_attempts)
+
+
+def write_located(
+    oracle: Half, half: Half, case: ModelCase, located: "Located", out: Path, *, name: str, max_attempts: int = 120
+) -> tuple[list[Path], Shrunk, Culprit]:
+    """Shrink a case whose culprit is known, and write both files."""
+    ask, op = _QUESTIONS[located.question], located.culprit.op
 
     def fails(smaller: ModelCase) -> bool:
         try:
@@ -52,21 +62,65 @@ def write_model_repro(
 
     shrunk = shrink(case, fails, max_attempts=max_attempts)
     found = ask(oracle, half, shrunk.case)
-    assert found is not None, "the shrinker returns failing cases"
-    writer = _forward_lines if ask is localize_forward else _decode_lines if ask is _decode else _gradient_lines
+    if found is None:  # the given case itself is taken at its word, and does not show in what comes out
+        raise ParityError(
+            f"repro of {name}: expected {op} to show in logits or gradients, because a file compares those; try another case"
+        )
     paths = []
-    for side in (half.name, "numpy"):
+    for side in (half.name, oracle.name):
         source = Source()
-        lines, point = writer(oracle, half, shrunk, found, side, source)
-        paths.append(write_file(out, name, side, source, lines, point, found))
+        lines, point = _WRITERS[located.question](oracle, half, shrunk, found, side, source)
+        paths.append(write_file(out, name, side, source, lines, replace(point, against=oracle.name), found))
     return paths, shrunk, found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """The first departing operation of a case, and the question that found it: forward, backward or decode."""
+
+    culprit: Culprit
+    question: str
+
+
+def locate(oracle: Half, half: Half, case: ModelCase) -> Located | None:
+    """Return what departs first on a case: forwards, backwards, or through the cache; None when nothing does.
+
+    A half that raises is not located here (`repro_state.Forward` shows it).
+    """
+    for question, ask in _QUESTIONS.items():
+        if question == BACKWARD and half.name == "numpy":
+            continue  # the oracle has no reverse differentiation
+        if question == DECODE and case.token_ids_BT.shape[1] < 2:
+            continue  # nothing is left to decode
+        culprit = ask(oracle, half, case)
+        if culprit is not None:
+            return Located(culprit=culprit, question=question)
+    return None
 
 
 _Question = Callable[[Half, Half, ModelCase], Culprit | None]
 
 
 def _backward(oracle: Half, half: Half, case: ModelCase) -> Culprit | None:
-    return localize_backward(oracle, half, None, case)
+    """Localize backwards, where a parameter's gradient departs as well: a file shows what comes out.
+
+    On one token a softmax has no slope, so a tap's gradient may be wrong and reach no parameter.
+    """
+    culprit = localize_backward(oracle, half, None, case)
+    if culprit is None:
+        return None
+    *_, own, truth, scale = _worst_gradient(oracle, case, _gradients(half, case))
+    return culprit if not abs(own - truth) <= gradient_limit(case) * scale else None
+
+
+def _gradients(half: Half, case: ModelCase) -> dict[str, np.ndarray]:
+    batch = Batch(case.token_ids_BT, case.labels_BT, case.positions_BT, case.segments_BT)
+    _, _, grads = half.module("train.step").loss_and_grads(
+        {name: half.array(value) for name, value in case.params.items()},
+        Batch(*(half.array(field) for field in batch)),
+        spec=case.spec, numerics=FLOAT64, objective=Objective(),
+    )  # fmt: skip
+    return {name: half.numpy(grad) for name, grad in grads.items()}
 
 
 def _decode(oracle: Half, half: Half, case: ModelCase) -> Culprit | None:
@@ -78,41 +132,34 @@ def _decode(oracle: Half, half: Half, case: ModelCase) -> Culprit | None:
     return culprit if gap.value > culprit.limit else None
 
 
-def _localize(oracle: Half, half: Half, case: ModelCase) -> tuple[Culprit | None, _Question | None]:
-    questions: tuple[_Question, ...] = (localize_forward, _backward, _decode)
-    for question in questions:
-        culprit = question(oracle, half, case)
-        if culprit is not None:
-            return culprit, question
-    return None, None
-
-
-def _case_lines(shrunk: Shrunk, source: Source) -> list[str]:
-    case = shrunk.case
-    lines = [f"SPEC = {source.of(case.spec)}"]
-    if shrunk.values_seed is not None:
-        source.imports.setdefault("tessera_shared.tensors", set()).add("tensor_table")
-        lines += [
-            f"rng = np.random.default_rng({shrunk.values_seed})",
-            "weights = {",
-            "    name: rng.standard_normal(info.shape) / np.sqrt(info.shape[-1]) if len(info.shape) == 2",
-            '    else rng.standard_normal(info.shape) / 4 + (info.init == "ones")',
-            "    for name, info in tensor_table(SPEC).items()",
-            "}",
-        ]
-    else:
-        lines += ["weights = {"]
-        lines += [f"    {name!r}: {source.of(value, name)}," for name, value in case.params.items()]
-        lines += ["}"]
-    source.imports.setdefault("tessera_shared.numerics", set()).add("FLOAT64")
-    lines += [
+def case_lines(case: ModelCase, source: Source, *, name: str = "params") -> list[str]:
+    """Return lines that make a case's weights (again from their seed where they have one) and integers."""
+    source.needs("tessera_shared.numerics", "FLOAT64")
+    return [
+        f"SPEC = {source.of(case.spec)}",
+        *weight_lines(case, source),
         f"token_ids_BT = array({source.of(case.token_ids_BT, 'token_ids')})",
         f"labels_BT = array({source.of(case.labels_BT, 'labels')})",
         f"positions_BT = array({source.of(case.positions_BT, 'positions')})",
         f"segments_BT = array({source.of(case.segments_BT, 'segments')})",
-        "params = {name: array(value) for name, value in weights.items()}",
+        f"{name} = {{name: array(value) for name, value in weights.items()}}",
     ]
-    return lines
+
+
+def weight_lines(case: ModelCase, source: Source) -> list[str]:
+    """Return lines that define `weights` as NumPy arrays."""
+    if not is_seeded(case):
+        rows = (f"    {name!r}: {source.of(value, name)}," for name, value in case.params.items())
+        return ["weights = {", *rows, "}"]
+    source.needs("tessera_shared.tensors", "tensor_table")
+    return [
+        "rng = np.random.default_rng(0)",
+        "weights = {",
+        "    name: rng.standard_normal(info.shape) / np.sqrt(info.shape[-1]) if len(info.shape) == 2",
+        '    else rng.standard_normal(info.shape) / 4 + (info.init == "ones")',
+        "    for name, info in tensor_table(SPEC).items()",
+        "}",
+    ]
 
 
 def _forward_lines(
@@ -126,14 +173,14 @@ def _forward_lines(
     gap = gaps[tap]
     where = gap.where or (0,) * truth[tap].ndim
     lines = [
-        *_case_lines(shrunk, source),
+        *case_lines(case, source),
         "result = {}",
         "forward(",
         "    params, token_ids_BT, spec=SPEC, numerics=FLOAT64, positions_BT=positions_BT, segments_BT=segments_BT,",
         "    tap=lambda name, value: result.setdefault(name, value),",
         ")",
     ]
-    source.imports.setdefault(module_of(side, "model.transformer"), set()).add("forward")
+    source.needs(module_of(side, "model.transformer"), "forward")
     return lines, point_of(
         f"{tap}{list(where)}", f"result[{tap!r}][{where}]", own[tap][where], truth[tap][where], gap.scale, culprit
     )
@@ -147,10 +194,10 @@ def _decode_lines(
     own, truth = decoded_logits(half, case), decoded_logits(oracle, case)
     gap = relative_difference(own, truth)
     lines = [
-        *_case_lines(shrunk, source),
+        *case_lines(case, source),
         f"result = teacher_forced_logits(params, token_ids_BT, spec=SPEC, numerics=FLOAT64, prefill={prefill})",
     ]
-    source.imports.setdefault(module_of(side, "serve.decode"), set()).add("teacher_forced_logits")
+    source.needs(module_of(side, "serve.decode"), "teacher_forced_logits")
     return lines, point_of(
         f"logits{list(gap.where)} with prefill {prefill}", f"result[{gap.where}]", own[gap.where], truth[gap.where],
         gap.scale,
@@ -162,18 +209,12 @@ def _gradient_lines(
     oracle: Half, half: Half, shrunk: Shrunk, culprit: Culprit, side: str, source: Source
 ) -> tuple[list[str], Point]:
     case = shrunk.case
-    batch = Batch(case.token_ids_BT, case.labels_BT, case.positions_BT, case.segments_BT)
-    _, _, grads = half.module("train.step").loss_and_grads(
-        {name: half.array(value) for name, value in case.params.items()},
-        Batch(*(half.array(field) for field in batch)),
-        spec=case.spec, numerics=FLOAT64, objective=Objective(),
-    )  # fmt: skip
-    name, where, own, truth, scale = _worst_gradient(oracle, case, {n: half.numpy(g) for n, g in grads.items()})
-    source.imports.setdefault("tessera_shared.batch", set()).add("Batch")
-    source.imports.setdefault("tessera_shared.objectives", set()).add("Objective")
-    lines = [*_case_lines(shrunk, source), "batch = Batch(token_ids_BT, labels_BT, positions_BT, segments_BT)"]
+    name, where, own, truth, scale = _worst_gradient(oracle, case, _gradients(half, case))
+    source.needs("tessera_shared.batch", "Batch")
+    source.needs("tessera_shared.objectives", "Objective")
+    lines = [*case_lines(case, source), "batch = Batch(token_ids_BT, labels_BT, positions_BT, segments_BT)"]
     if side == "numpy":
-        source.imports.setdefault(module_of(side, "train.step"), set()).add("batch_loss")
+        source.needs(module_of(side, "train.step"), "batch_loss")
         lines += [
             "step = np.zeros(weights[NAME].shape, complex)",
             "step[WHERE] = 1e-30j  # a complex step: the slope without cancellation",
@@ -183,7 +224,7 @@ def _gradient_lines(
             "result = np.imag(loss) / 1e-30",
         ]
     else:
-        source.imports.setdefault(module_of(side, "train.step"), set()).add("loss_and_grads")
+        source.needs(module_of(side, "train.step"), "loss_and_grads")
         lines += ["_, _, grads = loss_and_grads(params, batch, spec=SPEC, numerics=FLOAT64, objective=Objective())"]
         lines += ["result = grads[NAME][WHERE]"]
     lines = [f"NAME, WHERE = {name!r}, {where}", *lines]
@@ -210,3 +251,8 @@ def _worst_gradient(
                 where = tuple(int(i) for i in np.unravel_index(int(flat), grad.shape))
                 worst = (gap, name, where, float(grad.flat[flat]), truth)
     return worst[1], worst[2], worst[3], worst[4], scale
+
+
+DECODE = "decode"
+_QUESTIONS: dict[str, _Question] = {FORWARD: localize_forward, BACKWARD: _backward, DECODE: _decode}
+_WRITERS = {FORWARD: _forward_lines, BACKWARD: _gradient_lines, DECODE: _decode_lines}

@@ -40,6 +40,10 @@ class Source:
             return repr(value.item())
         return repr(value)
 
+    def needs(self, module: str, *names: str) -> None:
+        """Remember that names of a module are needed."""
+        self.imports.setdefault(module, set()).update(names)
+
     def import_lines(self) -> list[str]:
         """Return the import statements that the expressions need."""
         return [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(self.imports.items())]
@@ -68,21 +72,98 @@ class Source:
         return f"np.array({literal}{dtype}){shape}"
 
 
-def side_lines(side: str) -> list[str]:
-    """Return the lines that import a side's framework and define `array` (NumPy in) and `number` (one number out)."""
-    if side == "torch":
-        return ["import torch", "", "array = torch.tensor", "number = float"]
-    if side == "jax":
-        return [
-            "import jax",
-            "",
-            'jax.config.update("jax_enable_x64", True)',
-            "array = jax.numpy.asarray",
-            "number = float",
-        ]
-    return ["", "array = np.asarray", "number = float"]
+PRELUDES: dict[str, list[str]] = {
+    "torch": [
+        "import torch",
+        "",
+        "array = torch.tensor",
+        "number = float",
+        "",
+        "",
+        "def cast(value, dtype):",
+        "    return value.to(getattr(torch, str(dtype).removeprefix('torch.')))",
+        "",
+        "",
+        "def plain(value):",
+        "    return value.detach().cpu().double().numpy()",
+        "",
+        "",
+        "def gradient(function, named):",
+        "    leaves = {name: value.detach().clone().requires_grad_() for name, value in named.items()}",
+        "    value = function(leaves)",
+        "    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True) if value.requires_grad else None",
+        "    found = found or [None] * len(leaves)",
+        "    pairs = zip(leaves.items(), found, strict=True)",
+        "    return {name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in pairs}",
+        "",
+        "",
+    ],
+    "jax": [
+        "import jax",
+        "",
+        'jax.config.update("jax_enable_x64", True)',
+        "array = jax.numpy.asarray",
+        "number = float",
+        "",
+        "",
+        "def cast(value, dtype):",
+        "    return value.astype(dtype)",
+        "",
+        "",
+        "def plain(value):",
+        "    return np.asarray(value).astype(np.float64)",
+        "",
+        "",
+        "def gradient(function, named):",
+        "    return jax.grad(function)(dict(named))",
+        "",
+        "",
+    ],
+    "numpy": [
+        "",
+        "array = np.asarray",
+        "number = float",
+        "",
+        "",
+        "def cast(value, dtype):",
+        "    return value  # the oracle computes in float64 and rounds where the policy casts",
+        "",
+        "",
+        "def plain(value):",
+        "    return np.asarray(value, np.float64)",
+        "",
+        "",
+        "def gradient(function, named):",
+        "    found = {name: np.zeros(value.shape) for name, value in named.items()}",
+        "    for name, value in named.items():",
+        "        for where in np.ndindex(value.shape):",
+        "            step = np.zeros(value.shape, complex)",
+        "            step[where] = 1e-30j  # a complex step: the slope without cancellation",
+        "            found[name][where] = np.imag(function({**named, name: value + step})) / 1e-30",
+        "    return found",
+        "",
+        "",
+    ],
+}
+"""What a file of each side starts with: its framework, `array` (NumPy in), `number` (one number out), `cast` (to a
+dtype), `plain` (float64 NumPy out), `gradient` (of a scalar function of named arrays, by name)."""
+
+BRING = [
+    "",
+    "",
+    "def bring(value):",
+    "    if isinstance(value, np.ndarray):",
+    "        return array(value)",
+    "    if isinstance(value, dict):",
+    "        return {name: bring(item) for name, item in value.items()}",
+    "    return value",
+    "",
+    "",
+]
 
 
 def module_of(side: str, path: str) -> str:
     """Return the dotted module of a mirrored path on a side: `model.norms` -> `tessera_torch.model.norms`."""
+    if side == "numpy" and "." not in path:
+        return f"tessera_shared.{path}"  # the oracle has none of its own: shared code is the truth (randomness)
     return f"{PACKAGES[side]}.{path.rpartition('.')[2] if side == 'numpy' else path}"

@@ -15,20 +15,25 @@ from tessera_parity.loading import load_half, require
 from tessera_parity.report.summary import over_limit
 from tessera_parity.result import Check, MutantOutcome, Question, Run, Verdict
 from tessera_parity.store import Settings, Store
-from tessera_parity.subjects import SUBJECTS
+from tessera_parity.subjects import SUBJECTS, kernels
 from tessera_parity.subjects.context import FULL, QUICK, Context, Subject
 from tessera_shared.errors import MissingDependency, ParityError
 
 if TYPE_CHECKING:
     from tessera_parity.mutants.engine import Proof
 
-NOT_IN_QUICK = {"witness": "not in the quick lane, it imports transformers; try --against hf"}
+NOT_IN_QUICK = {
+    "witness": "not in the quick lane, it imports transformers; try --against hf",
+}
 """Subjects that the quick lane leaves out, and why."""
+
+ONLY_BY_NAME = {"kernels": "runs by name alone, Triton's interpreter takes minutes; try parity run kernels"}
+"""Subjects that no lane takes by itself, and why."""
 
 RERUN = ("forward", "optimizer", "block", "gradients", "losses", "ops")
 """Subjects that are run again on other seeds to measure false alarms."""
 
-QUICK_SECONDS = 56.0
+QUICK_SECONDS = 48.0
 """What the quick lane may take in all; planted bugs and clean re-runs share what the subjects leave of it."""
 
 PROOF_SECONDS = (5.0, 12.0)
@@ -76,11 +81,23 @@ def chosen_subjects(
             "try --model nano"
         )
     if names:
-        return subjects_named([*names, *(["witness"] if against_hf else [])]), []
-    left_out = {name: why for name, why in NOT_IN_QUICK.items() if lane == QUICK and not against_hf}
-    left_out |= {"model": "no --model was given"} if model is None else {}
+        chosen = subjects_named([*names, *(["witness"] if against_hf else [])])
+        _check_witness(chosen)
+        return chosen, []
+    wanted = "witness" if against_hf else None
+    left_out = {name: why for name, why in NOT_IN_QUICK.items() if lane == QUICK and name != wanted}
+    left_out |= ONLY_BY_NAME | ({"model": "no --model was given"} if model is None else {})
     chosen = [subject for subject in SUBJECTS if subject.name not in left_out]
     return chosen, [f"subject {name}: {why}" for name, why in left_out.items()]
+
+
+def _check_witness(chosen: Sequence[Subject]) -> None:
+    """Raise `MissingDependency` when the witness was asked for and is not installed, before anything is written."""
+    if "witness" in [subject.name for subject in chosen] and find_spec("transformers") is None:
+        raise MissingDependency(
+            "transformers = not installed: expected it for subject witness, because it is the third witness; "
+            "try pip install 'tessera-testbed[hf,torch]'"
+        )
 
 
 def installed_halves(settings: Settings) -> tuple[list[str], list[str]]:
@@ -144,6 +161,7 @@ def execute(store: Store, *, advance: Advance, explicit: bool = False, proof: bo
         started=started,
     )
     todo = [subject for subject in subjects_named(settings.subjects) if subject.name not in store.finished]
+    proof = proof and settings.subjects != ("kernels",)  # kernels have planted bugs of their own
     if num_workers > 1:
         from tessera_parity.workers import side_by_side
 
@@ -158,7 +176,9 @@ def execute(store: Store, *, advance: Advance, explicit: bool = False, proof: bo
             advance("repeating clean runs")
             seconds = rerun_seconds(settings.lane, time.perf_counter() - clock)
             run.false_alarm_runs, run.false_alarm_rate = false_alarms(context, settings, seconds=seconds)
-    run.environment = environment.describe(torch="torch" in names, jax="jax" in names)
+    run.mutants += kernels.outcomes(run.checks)
+    if not run.environment:
+        run.environment = environment.describe(torch="torch" in names, jax="jax" in names)
     run.seconds = time.perf_counter() - clock
     return run
 

@@ -1,12 +1,15 @@
 """Make a failing case small while it still fails: fewer layers, narrower, fewer tokens, plainer values, fewer features.
 
 A case is cut, not redrawn: arrays are sliced to the smaller spec's shapes, so that any failing case shrinks, whatever
-made it. Greedy to a fixed point, largest cut first, within a bounded number of attempts (Zeller & Hildebrandt 2002,
-ddmin, without its complement step: sizes here are few and ordered).
+made it. First a few leaps to the smallest models there are, the same ones for every case, because most bugs need no
+more and JAX compiles each new shape; then greedy to a fixed point, largest cut first, within a bounded number of
+attempts (Zeller & Hildebrandt 2002, ddmin, without its complement step: sizes here are few and ordered).
 """
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -17,6 +20,10 @@ from tessera_shared.spec import ModelSpec, RopeSpec
 from tessera_shared.tensors import layer_prefix, tensor_table
 
 MAX_ATTEMPTS = 200
+MAX_SECONDS = 90.0
+"""After this long a case is small enough: a person waits for it."""
+
+LEAP_TOKENS = (1, 2, 5)
 
 Fails = Callable[[ModelCase], bool]
 """Does the divergence still show? Must be deterministic; it may not raise."""
@@ -43,34 +50,70 @@ class Shrunk:
         return int(self.case.token_ids_BT.size)
 
 
-def shrink(case: ModelCase, fails: Fails, *, max_attempts: int = MAX_ATTEMPTS) -> Shrunk:
-    """Cut `case` greedily while `fails` holds. The given case itself is taken at its word and not tried again."""
-    case = replace(case, seed=())  # no longer as drawn
+T = TypeVar("T")
+Stage = Callable[[T], Iterator[tuple[str, T]]]
+"""One kind of cut: yields what was cut and the smaller thing, boldest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut(Generic[T]):
+    """The smallest failing thing found, what was cut, how often it was asked, and whether nothing more could be cut."""
+
+    thing: T
+    cuts: tuple[str, ...]
+    attempts: int
+    finished: bool
+
+
+def cut_down(
+    thing: T, fails: Callable[[T], bool], stages: Sequence[Stage[T]], *, max_attempts: int, max_seconds: float
+) -> Cut[T]:
+    """Cut greedily while `fails` holds, each stage until it takes no more. The given thing is taken at its word."""
     cuts: list[str] = []
-    attempts, progress = 0, True
-    while progress and attempts < max_attempts:
+    attempts, progress, broken_off, started = 0, True, False, time.perf_counter()
+
+    def spent() -> bool:
+        return attempts >= max_attempts or time.perf_counter() - started > max_seconds
+
+    while progress and not spent():
         progress = False
-        for stage in STAGES:
+        for stage in stages:
             accepted = True
-            while accepted and attempts < max_attempts:
+            while accepted and not spent():
                 accepted = False
-                for what, smaller in stage(case):
-                    if attempts >= max_attempts:
+                for what, smaller in stage(thing):
+                    if spent():
+                        broken_off = True
                         break
                     attempts += 1
                     if fails(smaller):
-                        case, accepted, progress = smaller, True, True
+                        thing, accepted, progress = smaller, True, True
                         cuts.append(what)
                         break
-    seeded = replace(case, params=seeded_params(case.spec, 0), seed=())
+    return Cut(thing=thing, cuts=tuple(cuts), attempts=attempts, finished=not progress and not broken_off)
+
+
+def shrink(
+    case: ModelCase, fails: Fails, *, max_attempts: int = MAX_ATTEMPTS, max_seconds: float = MAX_SECONDS
+) -> Shrunk:
+    """Cut `case` greedily while `fails` holds. The given case itself is taken at its word and not tried again."""
+    unseeded = replace(case, seed=())  # no longer as drawn
+    found = cut_down(unseeded, fails, (leaps, *STAGES), max_attempts=max_attempts, max_seconds=max_seconds)
+    seeded = replace(found.thing, params=seeded_params(found.thing.spec, 0))
     seed = 0 if fails(seeded) else None
     return Shrunk(
-        case=seeded if seed is not None else case,
-        cuts=tuple(cuts),
-        attempts=attempts + 1,
-        finished=not progress,
+        case=seeded if seed is not None else found.thing,
+        cuts=found.cuts,
+        attempts=found.attempts + 1,
+        finished=found.finished,
         values_seed=seed,
     )
+
+
+def is_seeded(case: ModelCase) -> bool:
+    """Are the parameters those that `seeded_params(spec, 0)` makes, so that a file need not carry them?"""
+    plain = seeded_params(case.spec, 0)
+    return all(np.array_equal(plain[name], case.params[name]) for name in plain)
 
 
 def seeded_params(spec: ModelSpec, seed: int) -> dict[str, np.ndarray]:
@@ -83,6 +126,64 @@ def seeded_params(spec: ModelSpec, seed: int) -> dict[str, np.ndarray]:
         else rng.standard_normal(info.shape) / 4 + (info.init == "ones")
         for name, info in tensor_table(spec).items()
     }
+
+
+def leaps(case: ModelCase) -> Iterator[tuple[str, ModelCase]]:
+    """Yield one layer on one to five tokens: of the smallest model there is, bare, with this one's features, with
+    grouped heads; then of this one's own sizes, bare and with its features.
+
+    The order is that of what a reader would like best; a leap that is no smaller than the case is left out.
+    """
+    bare, whole = _bare(case.spec), replace(case.spec, num_layers=1, window_from_layer=0)
+    sized = replace(
+        bare, width=whole.width, ffn_width=whole.ffn_width, num_heads=whole.num_heads, vocab_size=whole.vocab_size,
+        num_kv_heads=whole.num_kv_heads, head_width=whole.head_width,
+    )  # fmt: skip
+    for spec in (bare, _narrow(case.spec), replace(bare, num_heads=4, num_kv_heads=2), sized, whole):
+        for tokens in LEAP_TOKENS:
+            smaller = _placed(case, spec, tokens)
+            if tokens <= case.token_ids_BT.size and _weight(smaller) < _weight(case):
+                yield f"all at once to {spec.num_layers} layers, {tokens} tokens", smaller
+
+
+def _narrow(spec: ModelSpec) -> ModelSpec:
+    real = None if spec.real_vocab_size is None else 2
+    return replace(
+        spec, vocab_size=3, real_vocab_size=real, num_layers=1, width=2, ffn_width=2, num_heads=2, num_kv_heads=1,
+        head_width=2, window_from_layer=0,
+    )  # fmt: skip
+
+
+def _bare(spec: ModelSpec) -> ModelSpec:
+    return replace(
+        _narrow(spec), architecture="llama", qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm=False,
+        sliding_window=None, attention_softcap=None, logit_softcap=None, rope=RopeSpec(theta=spec.rope.theta),
+        tie_embeddings=True, real_vocab_size=None,
+    )  # fmt: skip
+
+
+def _placed(case: ModelCase, spec: ModelSpec, tokens: int) -> ModelCase:
+    """Return a seeded model of this spec on counting tokens: one row, one document, the next token as label."""
+    ids_BT = (np.arange(tokens, dtype=np.int32) % spec.vocab_size)[None]
+    positions_BT = np.arange(tokens, dtype=np.int32)[None]
+    return replace(
+        case, spec=spec, params=seeded_params(spec, 0), token_ids_BT=ids_BT,
+        labels_BT=((ids_BT + 1) % spec.vocab_size).astype(np.int32), positions_BT=positions_BT,
+        segments_BT=np.zeros_like(positions_BT),
+    )  # fmt: skip
+
+
+def _weight(case: ModelCase) -> int:
+    spec = case.spec
+    sizes = spec.num_layers * (spec.width + spec.ffn_width + spec.num_heads * spec.head_width) + spec.vocab_size
+    features = sum(
+        bool(value)
+        for value in (
+            spec.qkv_bias, spec.output_bias, spec.mlp_bias, spec.qk_norm, spec.sliding_window, spec.attention_softcap,
+            spec.logit_softcap, spec.rope.scaling != "none", not spec.tie_embeddings,
+        )
+    )  # fmt: skip
+    return int(case.token_ids_BT.size) * (sizes + features)
 
 
 def _fewer_layers(case: ModelCase) -> Iterator[tuple[str, ModelCase]]:
@@ -218,8 +319,11 @@ STAGES: tuple[Callable[[ModelCase], Iterator[tuple[str, ModelCase]]], ...] = (
 )  # fmt: skip
 """Kinds of cuts, boldest first; each is tried again until it takes no more before the next one is."""
 
+SIZE_STAGES = (_fewer_layers, _smaller_sizes, _smaller_vocabulary, _fewer_features)
+"""Cuts of the model alone, for callers whose tokens are fixed."""
 
-def candidates(case: ModelCase) -> Iterator[tuple[str, ModelCase]]:
-    """Yield every smaller case that is one cut away."""
-    for stage in STAGES:
+
+def candidates(case: ModelCase, *, leaping: bool = True) -> Iterator[tuple[str, ModelCase]]:
+    """Yield every smaller case that is one cut or, with `leaping`, one leap away."""
+    for stage in (leaps, *STAGES) if leaping else STAGES:
         yield from stage(case)

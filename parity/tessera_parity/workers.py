@@ -5,34 +5,49 @@ free, the longest first; the parent alone writes the run's directory, a subject 
 computed them: every case has its own seed.
 """
 
+import gc
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from typing import Any, ClassVar
 
 from tessera_parity.mutants.engine import Proof
 from tessera_parity.result import Check, Run
 from tessera_parity.store import Settings, Store
 from tessera_parity.subjects.context import Context, Subject
+from tessera_shared.errors import ParityError
 
 LONGEST_FIRST = (
-    "trajectory",
+    "kernels",
+    "kernels",
     "laws",
     "gradients",
-    "losses",
-    "rounding",
     "witness",
+    "rounding",
+    "losses",
+    "trajectory",
     "optimizer",
     "decode",
-    "native",
     "ops",
+    "forward",
 )
-"""Tasks by time taken, as measured; the rest follow in the order of the lane. Ends even when the long ones start
-first."""
+"""Subjects by time taken, as measured over the lanes; the rest follow in the order of the lane. Ends even when the long
+ones start first."""
 
-PROOFS: tuple[tuple[str, ...], ...] = (("jax",), ("torch", "reference", "shared", "harness"))
-"""Halves whose planted bugs make one task; JAX compiles for each of its own and takes as long as the rest."""
+TOGETHER = {"native": "laws"}
+"""Subjects that one worker takes after another: both need torch's compiler imported, which takes 3 s, once is enough."""
+
+PROOFS: tuple[tuple[str, ...], ...] = (("jax", "reference"), ("torch", "shared", "harness"))
+"""Halves whose planted bugs make one task. JAX compiles for each of the first, which so cannot use up the seconds of the
+many others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +55,7 @@ class Task:
     """What one worker does next."""
 
     kind: str  # subject | proof | alarms
-    subject: str = ""
+    subjects: tuple[str, ...] = ()
     halves: tuple[str, ...] = ()
     explicit: bool = False
 
@@ -51,16 +66,19 @@ class Done:
 
     task: Task
     checks: list[Check] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     proof: Proof | None = None
     alarms: tuple[int, float | None] = (0, None)
+    environment: dict[str, Any] = field(default_factory=dict)  # of the process that computed it
 
     def append(self, check: Check) -> None:
         """Keep one check."""
         self.checks.append(check)
 
     def finish(self, subject: str) -> None:
-        """A worker writes nothing; the parent remembers."""
+        """Remember that every check of a subject is there; the parent writes it down."""
+        self.finished.append(subject)
 
 
 def side_by_side(
@@ -78,12 +96,13 @@ def side_by_side(
 
     parts: list[Proof] = []
     names, tasks = [subject.name for subject in todo], _tasks(todo, explicit=explicit, proof=proof)
-    for done in _finished(store.settings, tasks, num_workers, advance):
+    for done in _finished(store, tasks, num_workers, advance):
         run.left_out += done.left_out
+        run.environment = done.environment
         for check in done.checks:
             store.append(check)
-        if done.task.kind == "subject" and done.checks:
-            store.finish(done.task.subject)
+        for name in done.finished:
+            store.finish(name)
         if done.proof is not None:
             parts.append(done.proof)
         if done.task.kind == "alarms":
@@ -97,57 +116,118 @@ def side_by_side(
 def _tasks(todo: Sequence[Subject], *, explicit: bool, proof: bool) -> list[Task]:
     names = [subject.name for subject in todo]
     names.sort(key=lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST))
-    tasks = [Task(kind="subject", subject=name, explicit=explicit) for name in names]
+    after = {name: [late for late in names if TOGETHER.get(late) == name] for name in names}
+    alone = [name for name in names if TOGETHER.get(name) not in names]
+    tasks = [Task(kind="subject", subjects=(name, *after[name]), explicit=explicit) for name in alone]
     if proof:
         tasks += [Task(kind="proof", halves=halves) for halves in PROOFS] + [Task(kind="alarms")]
     return tasks
 
 
-def _finished(
-    settings: Settings, tasks: Sequence[Task], num_workers: int, advance: Callable[[str], None]
-) -> Iterator[Done]:
-    """Yield finished tasks as they come. A worker's error is raised here; an interrupt ends the workers first."""
+def _finished(store: Store, tasks: Sequence[Task], num_workers: int, advance: Callable[[str], None]) -> Iterator[Done]:
+    """Yield finished tasks as they come. A worker's error is raised here; whatever ends this early ends the workers."""
+    finished = 0
+    with _workers(store.settings, num_workers) as pool:
+        for future in as_completed([pool.submit(_perform, task) for task in tasks]):
+            if isinstance(future.exception(), BrokenProcessPool):
+                continue  # of this task and all that were not finished; what was is still to be kept
+            done, finished = future.result(), finished + 1
+            advance(f"{finished} of {len(tasks)} done, last {', '.join(done.task.subjects) or done.task.kind}")
+            yield done
+    if finished < len(tasks):
+        raise WorkerLost(
+            f"workers = {num_workers}: expected them to live to the end, because what one computes goes with it, but one "
+            f"was ended from outside (as the system does when memory runs out) with {finished} of {len(tasks)} tasks done; "
+            f"try parity run --resume {store.directory} --workers 1"
+        )
+
+
+class WorkerLost(ParityError):
+    """A worker process was ended from outside. What was finished is kept."""
+
+    exit_code: ClassVar[int] = 4
+
+
+@contextmanager
+def _workers(settings: Settings, num_workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool whose processes, and what they have started, are gone afterwards, whatever they are doing."""
+    before = set(multiprocessing.active_children())
     spawn = multiprocessing.get_context("spawn")  # a forked process would share the frameworks' thread pools
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: workers inherit that they ignore it
+    pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_begin, initargs=(settings, time.time()))
+    started: set[BaseProcess] = set()
     try:
-        pool = spawn.Pool(num_workers, initializer=_begin, initargs=(settings, time.time()))
+        _start(pool)
+        started = set(multiprocessing.active_children()) - before
+        yield pool
+    finally:
+        for process in started | (set(multiprocessing.active_children()) - before):
+            process.terminate()
+            if process.pid is not None:
+                with suppress(ProcessLookupError, PermissionError):  # it has no group yet, or none is left in it
+                    os.killpg(process.pid, signal.SIGTERM)
+        pool.shutdown(cancel_futures=True)
+
+
+def _start(pool: ProcessPoolExecutor) -> None:
+    """Start the processes. Ctrl-C is the parent's: they inherit that they ignore it."""
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        pool.submit(os.getpid)  # the first task starts them all
     finally:
         signal.signal(signal.SIGINT, heard)
-    with pool:
-        for number, done in enumerate(pool.imap_unordered(_perform, tasks), 1):
-            what = done.task.subject or done.task.kind
-            advance(f"{number} of {len(tasks)} done, last {what}")
-            yield done
 
 
-_CONTEXT: list[tuple[Context, Settings, float]] = []
-"""What this worker process was started with; empty in every other process."""
+_STARTED: list[tuple[Settings, float]] = []
+_LOADED: list[tuple[Context, dict[str, Any]]] = []
+"""What this worker process was started with and what it has loaded; empty in every other process."""
 
 
 def _begin(settings: Settings, began: float) -> None:
-    """Start a worker: load the halves once."""
+    """Start a worker. Nothing that can fail is done here: an initializer's error would be a lost worker."""
+    os.setpgrp()  # one signal then reaches it and what it starts
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    _STARTED[:] = [(settings, began)]
+
+
+def _leave_with_parent() -> None:
+    """End this process and what it started when its parent is gone: nobody would hear of what it finds."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.killpg(0, signal.SIGKILL)
+
+
+def _loaded(settings: Settings) -> tuple[Context, dict[str, Any]]:
+    """Return the halves and the environment that they run in, made once a process."""
+    from tessera_parity import environment
     from tessera_parity.processes import settle_process
     from tessera_parity.runner import make_context, quiet
 
-    settle_process()
-    _CONTEXT[:] = [(make_context(settings, quiet), settings, began)]
+    if not _LOADED:
+        settle_process()
+        context = make_context(settings, quiet)
+        facts = environment.describe(torch=context.torch is not None, jax=context.jax is not None)
+        _LOADED.append((context, facts))
+        gc.collect()
+        gc.freeze()  # a collection need not walk over what the frameworks hold for good
+    return _LOADED[0]
 
 
 def _perform(task: Task) -> Done:
     from tessera_parity import runner
 
-    context, settings, began = _CONTEXT[0]
-    done = Done(task=task)
-    spent = time.time() - began
+    (settings, began) = _STARTED[0]
+    context, facts = _loaded(settings)
+    done = Done(task=task, environment=facts)
     if task.kind == "subject":
-        (subject,) = runner.subjects_named([task.subject])
-        done.left_out = runner.run_subject(subject, context, done, explicit=task.explicit)
+        for subject in runner.subjects_named(task.subjects):
+            done.left_out += runner.run_subject(subject, context, done, explicit=task.explicit)
     elif task.kind == "proof":
         wanted = [name for name in task.halves if _is_here(context, name)]
         if wanted:
-            done.proof = runner.prove(context, runner.proof_seconds(settings.lane, spent), wanted)
+            done.proof = runner.prove(context, runner.proof_seconds(settings.lane, time.time() - began), wanted)
     else:
-        seconds = runner.rerun_seconds(settings.lane, spent)
+        seconds = runner.rerun_seconds(settings.lane, time.time() - began)
         done.alarms = runner.false_alarms(context, settings, seconds=seconds)
     return done
 

@@ -34,3 +34,10 @@ class MissingDependency(TesseraError, ImportError):
     """A framework or optional package that this command needs is not installed."""
 
     exit_code: ClassVar[int] = 4
+
+
+class KernelError(TesseraError, ValueError):
+    """A kernel was handed what it cannot take: shapes, dtypes, devices, strides, a page table out of range.
+
+    A compiler or GPU that is not there is `MissingDependency`.
+    """

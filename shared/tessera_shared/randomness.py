@@ -1,7 +1,7 @@
 """Every random number of the project: Threefry-2x32-20 by (seed, stream name, 64-bit counter).
 
-Salmon, Moraes, Dror, Shaw: *Parallel random numbers: as easy as 1, 2, 3* (SC11), section 3.3; rotations and key
-schedule as in Random123. A value depends on its seed, its stream's name and its counter and on nothing else: no state,
+Salmon, Moraes, Dror, Shaw: *Parallel random numbers: as easy as 1, 2, 3* (SC11); rotations and key schedule as in
+Random123. A value depends on its seed, its stream's name and its counter and on nothing else: no state,
 no order of draws, no framework, no world size. `randomness.py` in tessera_torch and tessera_jax gives the same bits.
 """
 

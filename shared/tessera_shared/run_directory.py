@@ -32,9 +32,7 @@ from tessera_shared.spec import ModelSpec
 from tessera_shared.tensor_file import TensorFile, parse_json, write_tensors
 from tessera_shared.weights import load_model, save_model
 
-RUN, TOKENIZER, MODEL, STATE, METRICS, TOKENS = (
-    "run.json", "tokenizer.json", "model", "state", "metrics.jsonl", "tokens",
-)  # fmt: skip
+RUN, TOKENIZER, MODEL, STATE, METRICS = "run.json", "tokenizer.json", "model", "state", "metrics.jsonl"
 MOMENTS, STATE_JSON = "moments.safetensors", "state.json"
 FORMAT_VERSION = 1
 

@@ -61,8 +61,8 @@ def learning_rate(schedule: Schedule, step: int) -> float:
     Warm-up (step < warmup_steps): peak * (step + 1) / (warmup_steps + 1), so rate(0) > 0 and rate(warmup_steps) = peak.
     Then, with x = (step - warmup_steps) / (total_steps - warmup_steps) and d = peak - final:
     constant: peak. cosine: final + d * (1 + cos(pi x)) / 2 (Loshchilov & Hutter, 1608.03983, one period).
-    linear: final + d * (1 - x). wsd: peak until total_steps - decay_steps, then final + d * (1 - sqrt(y)) with
-    y = (step - total_steps + decay_steps) / decay_steps (Haegele et al., 2405.18392, section 4).
+    linear: final + d * (1 - x). wsd (MiniCPM, 2404.06395): peak until total_steps - decay_steps, then, as Haegele et al.
+    (2405.18392, section 3) have it, final + d * (1 - sqrt(y)) with y = (step - total_steps + decay_steps) / decay_steps.
     At and after total_steps: final (constant: peak).
     """
     if step < 0:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,10 +20,10 @@ from tessera_shared.corpus import Corpus, load_corpus
 from tessera_shared.errors import DataError, SpecError
 from tessera_shared.half_loading import load_half_module
 from tessera_shared.init import initial_weights
+from tessera_shared.kernel_choice import check_kernels
 from tessera_shared.packing import TokenStream, batch_at, batches_in_order
 from tessera_shared.presets import preset
 from tessera_shared.run_directory import (
-    TOKENS,
     SavedState,
     append_metrics,
     forget_metrics_after,
@@ -30,7 +31,7 @@ from tessera_shared.run_directory import (
 )
 from tessera_shared.run_settings import RunSettings, check_settings, numerics_of, objective_of, options_of, schedule_of
 from tessera_shared.spec import ModelSpec
-from tessera_shared.token_cache import cached_stream
+from tessera_shared.token_cache import cached_stream, token_folder
 from tessera_shared.tokens import Tokenizer
 from tessera_shared.validate_text import check_vocabulary
 from tessera_shared.weights import LoadedModel, load_model
@@ -49,6 +50,7 @@ class HalfModules:
     params: ModuleType
     teacher: ModuleType
     process: ModuleType
+    ops: Any = None  # the kernels that `loop` is built of; None in the plain half
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +88,30 @@ def load_half(name: str) -> HalfModules:
         teacher=load_half_module(name, "distil.teacher"),
         process=load_half_module(name, "process"),
     )
+
+
+def with_kernels(
+    half: HalfModules, kernels: str, *, settings: RunSettings, sources: Sources, pace: Pace
+) -> tuple[HalfModules, str]:
+    """Return the half with what `--kernels` chose for this run, and the line that says what and why (JAX: none).
+
+    Raises `KernelError` or `MissingDependency` for a choice by name that cannot run here.
+    """
+    check_kernels(kernels, backend=half.name)
+    if half.name != "torch":
+        return half, ""
+    choice = load_half_module("torch", "kernels").choose(
+        kernels,
+        device=pace.device,
+        numerics=numerics_of(settings),
+        spec=sources.spec,
+        objective=objective_of(settings),
+        teacher=None if sources.teacher is None else sources.teacher.spec,
+        compiled=pace.compiled,
+    )
+    if choice.ops is None:
+        return half, choice.why
+    return replace(half, loop=load_half_module("torch", "fast.loop"), ops=choice.ops), choice.why
 
 
 def load_sources(settings: RunSettings, *, tokenizer_file: Path | None = None) -> Sources:
@@ -152,7 +178,7 @@ class TrainingRun:
         pace: Pace,
         say: Say,
     ) -> None:
-        """Encode the corpus, or take it from the run's cache."""
+        """Encode the corpus, or take its tokens from the user's cache."""
         self.directory, self.settings, self.pins, self.half, self.pace = directory, settings, pins, half, pace
         self.spec, self.numerics = sources.spec, numerics_of(settings)
         self._say = say
@@ -176,7 +202,7 @@ class TrainingRun:
         remaining = self.settings.steps - done
         num_steps = remaining if self.pace.stop_after is None else min(remaining, self.pace.stop_after)
         with _interruptible(self._stop):
-            state = self.half.loop.train(
+            state = self._loop_function("train")(
                 state,
                 self._batch,
                 num_steps=num_steps,
@@ -222,6 +248,11 @@ class TrainingRun:
 
         return after_step
 
+    def _loop_function(self, name: str) -> Callable[..., Any]:
+        """Return a function of the half's loop, bound to its kernels where it is built of them."""
+        function: Callable[..., Any] = getattr(self.half.loop, name)
+        return function if self.half.ops is None else partial(function, ops=self.half.ops)
+
     def _stop(self) -> None:
         self.is_interrupted = True
 
@@ -232,7 +263,7 @@ class TrainingRun:
     def _encoded(self, sources: Sources, side: str) -> TokenStream:
         documents = sources.corpus.train if side == "train" else sources.corpus.held_out
         end_id = sources.spec.eos_token_id
-        return cached_stream(self.directory / TOKENS, documents, sources.tokenizer, end_id=end_id)
+        return cached_stream(token_folder(), documents, sources.tokenizer, end_id=end_id, say=self._say)
 
     def _load_teacher(self, teacher: LoadedModel | None) -> Any:
         if teacher is None:
@@ -268,7 +299,8 @@ class TrainingRun:
         batches = batches_in_order(
             self._held_out, rows=settings.batch_size, length=settings.seq_len, limit=self.pace.held_out_batches
         )
-        loss, num_tokens = self.half.loop.held_out_loss(state.params, batches, spec=self.spec, numerics=self.numerics)
+        mean_loss = self._loop_function("held_out_loss")
+        loss, num_tokens = mean_loss(state.params, batches, spec=self.spec, numerics=self.numerics)
         step = int(state.step)
         append_metrics(self.directory, {"step": step, "held_out_loss": loss, "held_out_tokens": num_tokens})
         self._say(f"step {step}: held-out loss {loss:.4f} nats a token over {num_tokens} tokens")

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from tessera_parity.budget import gamma
 from tessera_parity.compare import compare_results, flatten, relative_difference
 from tessera_parity.half_numpy import NumpyHalf
 from tessera_parity.loading import load_half
@@ -44,7 +45,7 @@ def test_one_special_value_on_one_side_is_infinitely_far_and_found(a, data, spec
 def test_the_difference_does_not_depend_on_the_scale(scale, share):
     a, b = np.array([1.0, -2.0]), np.array([1.0 + share, -2.0])
     expected = share / 2.0
-    assert relative_difference(a * scale, b * scale).value == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert abs(relative_difference(a * scale, b * scale).value - expected) <= gamma(4)  # 1 + share, two products, a - b
 
 
 def test_it_names_the_worst_element_not_the_first():

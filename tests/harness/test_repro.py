@@ -1,16 +1,15 @@
 """A repro shows the divergence in a process of its own, and stops showing it once the bug is gone."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import tessera_torch
 from tessera_parity.cases import case_seed, model_case, op_case
 from tessera_parity.halves import Half
 from tessera_parity.loading import Patch, load_half
 from tessera_parity.mutants.cases import battery_cases
+from tessera_parity.mutants.shrinking import plant_on_disk
 from tessera_parity.repro import replay
 from tessera_parity.repro_files import confirm
 from tessera_parity.repro_model import write_model_repro
@@ -25,19 +24,15 @@ DETACHED = Patch(
     file="tessera_torch/model/transformer.py", find="x_BTD + mixed_BTD)", replace="x_BTD.detach() + mixed_BTD)"
 )
 
+CONSTANT_PROBS = Patch(
+    file="tessera_torch/model/attention.py", find="btkgh\", probs_BKGTS, v_BSKH)",
+    replace="btkgh\", probs_BKGTS.detach(), v_BSKH)",
+)  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def oracle() -> Half:
     return load_half("numpy")
-
-
-def planted(patch: Patch, folder: Path) -> Path:
-    """Return a folder whose tessera_torch has the bug on disk, for a process of its own."""
-    package = Path(str(tessera_torch.__file__)).parent
-    shutil.copytree(package, folder / "tessera_torch", ignore=shutil.ignore_patterns("__pycache__"))
-    file = folder / patch.file
-    file.write_text(file.read_text().replace(patch.find, patch.replace))
-    return folder
 
 
 def test_a_forward_repro_fails_with_the_bug_and_passes_without(oracle: Half, tmp_path: Path) -> None:
@@ -46,11 +41,11 @@ def test_a_forward_repro_fails_with_the_bug_and_passes_without(oracle: Half, tmp
     assert culprit.op == "attention.norm"
     assert (shrunk.layers, shrunk.tokens) == (1, 1)
     assert [len(path.read_text().splitlines()) <= 60 for path in paths] == [True, True]
-    shown, line = confirm(paths[0], python_path=[planted(EPS, tmp_path / "bug")])
-    assert shown, line
-    assert "observed" in line
-    assert not confirm(paths[0])[0]  # the half as it is
-    assert confirm(paths[1])[0]  # the oracle still differs from what the broken half said
+    run = confirm(paths[0], python_path=[plant_on_disk(EPS, tmp_path / "bug")])
+    assert run.shown, run.line
+    assert "observed" in run.line
+    assert confirm(paths[0]).status == 0  # the half as it is
+    assert confirm(paths[1]).shown  # the oracle still differs from what the broken half said
 
 
 def test_a_gradient_repro_names_a_parameter_and_its_number(oracle: Half, tmp_path: Path) -> None:
@@ -59,8 +54,16 @@ def test_a_gradient_repro_names_a_parameter_and_its_number(oracle: Half, tmp_pat
     assert culprit.op == "residual"
     assert shrunk.layers == 1
     assert "gradient of model." in paths[0].read_text()
-    shown, line = confirm(paths[1])
-    assert shown, line
+    run = confirm(paths[1])
+    assert run.shown, run.line
+
+
+def test_a_gradient_that_is_wrong_only_inside_is_not_shrunk_to(oracle: Half, tmp_path: Path) -> None:
+    half = load_half("torch", patches=(CONSTANT_PROBS,))
+    paths, shrunk, culprit = write_model_repro(oracle, half, battery_cases(0)[0], tmp_path, name="probs")
+    assert culprit.op == "attention.mix"
+    assert shrunk.tokens > 1  # the softmax of one token has no slope: nothing would reach a parameter
+    assert confirm(paths[1]).shown
 
 
 def test_an_operation_repro_carries_its_inputs(oracle: Half, tmp_path: Path) -> None:
@@ -69,9 +72,9 @@ def test_an_operation_repro_carries_its_inputs(oracle: Half, tmp_path: Path) -> 
     function = oracle.module("model.norms").rms_norm
     case = op_case("model.norms.rms_norm", function, case_seed(0, "repro", 0), sizes=sizes, style="normal")
     paths, small = write_op_repro(oracle, half, case, tmp_path, name="rms")
-    assert small.sizes["D"] < sizes["D"]
-    shown, line = confirm(paths[1])
-    assert shown, line
+    assert small.inputs["x_BTD"].size < sizes["B"] * sizes["T"] * sizes["D"]
+    run = confirm(paths[1])
+    assert run.shown, run.line
 
 
 def test_nothing_is_written_where_nothing_departs(oracle: Half, tmp_path: Path) -> None:
@@ -85,13 +88,14 @@ def test_what_cannot_be_replayed_is_said_and_not_left_out(oracle: Half, tmp_path
     check = {"subject": "forward", "name": "logits", "sides": ["numpy", "torch"], "verdict": "divergence"}
     checks = [
         check | {"case": None},
-        check | {"case": {"kind": "law"}},
+        check | {"case": {"kind": "something else"}},
         check | {"case": model_case(3).to_json()},
         check | {"verdict": "parity", "case": None},
     ]
-    repros = replay(checks, {"numpy": oracle, "torch": clean}, tmp_path)
+    repros = list(replay(checks, {"numpy": oracle, "torch": clean}, tmp_path))
     assert [one.reproduced for one in repros] == [False, False, False]
     assert all(one.detail for one in repros)
+    assert [one.command for one in repros] == ["parity run forward --seed 0 --only-half torch"] * 2 + [None]
 
 
 def test_literals_make_the_same_bits_again() -> None:

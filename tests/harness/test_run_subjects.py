@@ -1,6 +1,7 @@
 """Subjects that look at files, streams, text, laws, decode, faces, trajectory and the witness: clean is parity, a
 planted bug is red."""
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -88,7 +89,7 @@ def test_every_law_holds_of_the_clean_half() -> None:
 
 
 def test_a_law_that_compares_nothing_is_a_divergence() -> None:
-    model = laws._model(_clean().numpy, (0, 37, 0), QUICK)
+    model = laws.model_of(_clean().numpy, (0, 37, 0), QUICK)
     assert laws._check(_clean(), _clean().numpy, lambda model: iter(()), [model]).verdict is Verdict.DIVERGENCE
 
 
@@ -146,11 +147,9 @@ def test_equalities_tell_the_first_difference() -> None:
 
 def test_a_greedy_flip_is_explained_by_a_near_tie_only() -> None:
     logits_V = np.array([1.0, 5.0, 5.0 - 1e-7, 2.0])
-    assert greedy_gap(logits_V, 1, 2) == pytest.approx(1e-7)
-    assert greedy_gap(logits_V, 1, 0) == pytest.approx(4.0)
-    assert greedy_gap(logits_V, 0, 3) == pytest.approx(4.0), (
-        "two choices near each other but far from the top are no tie"
-    )
+    assert greedy_gap(logits_V, 1, 2) == 5.0 - logits_V[2]
+    assert greedy_gap(logits_V, 1, 0) == 4.0
+    assert greedy_gap(logits_V, 0, 3) == 4.0, "two choices near each other but far from the top are no tie"
 
 
 @pytest.mark.parametrize("how", [Sampling(temperature=1.0), Sampling(temperature=0.7, top_k=3, top_p=0.9, min_p=0.05)])
@@ -164,14 +163,14 @@ def test_a_sampled_flip_is_explained_at_the_border_of_two_intervals_only(how: Sa
 
     low, high = 0.0, 0.999
     first = drawn(low)
-    while high - low > 1e-12:  # bisect to the border of the first token's interval
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high:  # bisect to the two floats at the border of the first's interval
         low, high = (middle, high) if drawn(middle) == first else (low, middle)
-    second = drawn(high + 1e-9)
+    second, error = drawn(high), 1e-9
     assert second != first
-    assert sampled_gap(logits_V, high, first, second, how=how, logit_error=1e-9) == 0.0
-    assert sampled_gap(logits_V, high + 1e-3, first, second, how=how, logit_error=1e-9) > 0.0
-    assert sampled_gap(logits_V, 0.01, first, second, how=how, logit_error=1e-9) > 0.0
+    assert sampled_gap(logits_V, high, first, second, how=how, logit_error=error) == 0.0
+    reach = math.expm1(4.0 * error / how.temperature)  # what an error of both logits can move the border by
+    assert sampled_gap(logits_V, high + 2.0 * reach, first, second, how=how, logit_error=error) > 0.0
+    assert sampled_gap(logits_V, high - 2.0 * reach, first, second, how=how, logit_error=error) > 0.0
 
 
 def test_the_witness_reads_text_as_we_do_and_sees_a_lost_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from tessera_parity.budget import gamma
 from tessera_parity.sequential import (
     RUN_FALSE_ALARMS,
     Band,
@@ -61,7 +62,7 @@ def test_the_boundary_narrows_with_cases_and_widens_with_streams() -> None:
     widths = [boundary(n, sigma=1.0, alpha=1e-7, rho=best_rho(24, 1e-7)) for n in (1, 4, 24, 240)]
     assert widths == sorted(widths, reverse=True)
     assert boundary(24, sigma=1.0, alpha=1e-8, rho=1.0) > boundary(24, sigma=1.0, alpha=1e-7, rho=1.0)
-    assert alpha_per_stream(200) * 200 == pytest.approx(RUN_FALSE_ALARMS)
+    assert abs(alpha_per_stream(200) * 200 - RUN_FALSE_ALARMS) <= gamma(2) * RUN_FALSE_ALARMS
 
 
 @pytest.mark.parametrize("value", [5.0, -5.0, math.inf, -math.inf, math.nan])
@@ -92,10 +93,10 @@ def test_the_upper_scale_covers_the_true_one() -> None:
 
 def test_the_band_covers_every_variant_and_reaches_past_them() -> None:
     band = legal_band([0.1, 0.2, 0.4], [100, 100, 100], sigma=0.1, alpha=1e-7)
-    assert band.low < 0.1 - 0.15 + 1e-12  # range / (k - 1)
-    assert band.high > 0.4 + 0.15 - 1e-12
+    assert band.low < 0.1 - 0.15  # range / (k - 1)
+    assert band.high > 0.4 + 0.15
     doubled = legal_band([0.1, 0.2, 0.4, 0.4], [100] * 4, sigma=0.1, alpha=1e-7)
-    assert doubled.high >= band.high - 1e-12  # a switch that changes nothing does not narrow it
+    assert doubled.high >= band.high  # a switch that changes nothing does not narrow it
 
 
 def test_an_empty_stream_says_nothing() -> None:

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from tessera_parity.budget import EXACT, law_limit, model_limit
 from tessera_parity.cases import model_case
@@ -184,13 +186,21 @@ def test_gradients_are_finite_when_some_queries_may_look_nowhere(half):
         assert np.abs(half.numpy(grad)).max() > EXACT, name
 
 
-def test_packed_documents_do_not_see_each_other(half):
+@settings(max_examples=6)
+@given(cuts=st.sets(st.integers(1, 6), max_size=6))
+@example(cuts={3})
+@example(cuts={1, 2, 3, 4, 5, 6})
+def test_packed_documents_do_not_see_each_other(half, cuts):
     arrays, ids = drawn(EVERYTHING, 7, rows=2, length=7)
-    given = {"positions_BT": [[0, 1, 2, 0, 1, 2, 3]] * 2, "segments_BT": [[0] * 3 + [1] * 4] * 2}
-    packed = half.numpy(run(half, EVERYTHING, arrays, ids, **given))
-    alone = half.numpy(run(half, EVERYTHING, arrays, np.concatenate([ids[:, 3:], ids[:, :3]], axis=1)))[:, :4]
-    limit = law_limit(EVERYTHING, num_positions=7)
-    assert relative_difference(packed[:, 3:], alone).value <= limit
+    borders = [0, *sorted(cuts), 7]
+    lengths = np.diff(borders)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    segments = np.repeat(np.arange(len(lengths)), lengths)
+    packed = half.numpy(run(half, EVERYTHING, arrays, ids, positions_BT=[positions] * 2, segments_BT=[segments] * 2))
+    for start, length in zip(borders, lengths, strict=False):  # each in front, what follows it behind: shapes stay
+        alone = half.numpy(run(half, EVERYTHING, arrays, np.roll(ids, -start, axis=1)))[:, :length]
+        difference = relative_difference(packed[:, start : start + length], alone)
+        assert difference.value <= law_limit(EVERYTHING, num_positions=7)
 
 
 def test_recomputed_blocks_give_the_same_gradients(half):

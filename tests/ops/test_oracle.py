@@ -5,15 +5,16 @@ import warnings
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 
 from tessera_parity.budget import gamma, gradient_limit
 from tessera_parity.cases import model_case
 from tessera_parity.half_numpy import NumpyHalf
 from tessera_parity.loading import load_half
 from tessera_shared.numerics import BFLOAT16, FLOAT64
-from tessera_shared.reference.attention import attention_mask, attention_probs
+from tessera_shared.reference.attention import attention_mask
 from tessera_shared.reference.mlp import swiglu
 from tessera_shared.reference.params import compute_params
 from tessera_shared.reference.rounding import round_to
@@ -129,21 +130,35 @@ def test_mask_is_what_a_loop_over_pairs_says(data):
         assert mask[row, query, key] == (near and together and k_pos[row, key] >= 0)
 
 
-def test_a_query_that_may_look_nowhere_gets_zeros_and_the_others_sum_to_one():
-    scores = np.random.default_rng(1).normal(size=(1, 2, 3, 4)) * 50.0
-    mask = np.array([[[True, False, True, True], [False] * 4, [False, True, False, False]]])
-    sums = attention_probs(scores, mask, numerics=FLOAT64).sum(-1)
-    np.testing.assert_array_equal(sums[:, :, 1], 0.0)
-    assert np.abs(sums[:, :, [0, 2]] - 1.0).max() <= 2.0 * gamma(8)
+@pytest.mark.parametrize("half_name", ["numpy", "torch", "jax"])
+@given(
+    mask=st.sampled_from([(1, 3, 4), (2, 1, 1), (2, 5, 3)]).flatmap(lambda shape: npst.arrays(bool, shape)),
+    scale=st.sampled_from([0.0, 1.0, 50.0, 1e4]),
+    seed=st.integers(0, 99),
+)
+@example(mask=np.array([[[True, False, True, True], [False] * 4, [False, True, False, False]]]), scale=50.0, seed=1)
+def test_a_query_that_may_look_nowhere_gets_zeros_and_the_others_sum_to_one(half_name, mask, scale, seed):
+    half = load_half(half_name)
+    rows, queries, keys = mask.shape
+    scores = np.random.default_rng(seed).normal(size=(rows, 2, queries, keys)) * scale  # at 0 all are ties
+    attention = half.module("model.attention")
+    probs = half.numpy(attention.attention_probs(half.array(scores), half.array(mask), numerics=FLOAT64))
+    assert not probs[~np.broadcast_to(mask[:, None], probs.shape)].any()
+    sums = probs.sum(-1)
+    looks = np.broadcast_to(mask.any(-1)[:, None], sums.shape)
+    np.testing.assert_array_equal(sums[~looks], 0.0)
+    assert np.abs(sums[looks] - 1.0).max(initial=0.0) <= 2.0 * gamma(2 * keys)  # two sums and a quotient for each term
 
 
-def test_swiglu_neither_overflows_nor_loses_its_tails():
-    gate = np.array([-1e4, -800.0, -1.0, 0.0, 1.0, 800.0, 1e4])
+@given(npst.arrays(np.float64, st.integers(0, 9), elements=st.floats(allow_nan=False, allow_infinity=False)))
+@example(np.array([-1e4, -800.0, -1.0, 0.0, 1.0, 800.0, 1e4]))
+def test_swiglu_neither_overflows_nor_loses_its_tails(gate):
     with np.errstate(all="raise", under="ignore"):
-        act = swiglu(gate, np.ones(7), numerics=FLOAT64)
-    assert act[0] == 0.0
-    assert act[3] == 0.0
-    np.testing.assert_array_equal(act[-2:], gate[-2:])
+        act = swiglu(gate, np.ones(gate.size), numerics=FLOAT64)
+    assert np.all(np.where(gate >= 0.0, (act >= gate / 2.0) & (act <= gate), (act <= 0.0) & (act >= gate / 2.0)))
+    tail = np.abs(gate) > 40.0  # where 1 + exp(-|gate|) rounds to 1
+    np.testing.assert_array_equal(act[tail & (gate > 0.0)], gate[tail & (gate > 0.0)])
+    np.testing.assert_array_equal(act[gate < -800.0], 0.0)
 
 
 @pytest.mark.parametrize("seed", range(6))

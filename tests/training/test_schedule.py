@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tessera_parity.budget import gamma
 from tessera_shared.errors import SpecError
 from tessera_shared.schedule import KINDS, Schedule, learning_rate
 
@@ -36,7 +37,7 @@ def test_the_rate_rises_to_the_peak_and_never_rises_again(schedule: Schedule) ->
     assert rates[0] > 0.0
     assert all(low < high for low, high in itertools.pairwise(before))
     assert all(rate < schedule.peak for rate in before)
-    assert math.isclose(after[0], schedule.peak) or schedule.kind == "wsd"
+    assert abs(after[0] - schedule.peak) <= gamma(3) * schedule.peak  # peak - final, times 1, + final
     assert all(high >= low for high, low in itertools.pairwise(after))
 
 
@@ -49,10 +50,10 @@ def test_the_rate_ends_at_the_final_one_and_stays_there(schedule: Schedule) -> N
 
 def test_known_values_half_way() -> None:
     cosine = Schedule(kind="cosine", peak=1.0, total_steps=110, warmup_steps=10, final=0.5)
-    assert math.isclose(learning_rate(cosine, 60), 0.75)
-    assert math.isclose(learning_rate(cosine, 35), 0.75 + 0.25 * math.sqrt(0.5))
+    assert learning_rate(cosine, 60) == 0.75
+    assert abs(learning_rate(cosine, 35) - (0.75 + 0.25 * math.sqrt(0.5))) <= gamma(8)  # eight roundings of numbers < 1
     assert learning_rate(cosine, 4) == 5 / 11
-    assert math.isclose(learning_rate(replace(cosine, kind="linear"), 35), 0.875)
+    assert learning_rate(replace(cosine, kind="linear"), 35) == 0.875
     wsd = replace(cosine, kind="wsd", decay_steps=40)
     assert [learning_rate(wsd, step) for step in (10, 69, 70, 80)] == [1.0, 1.0, 1.0, 0.75]
 

@@ -35,6 +35,26 @@ def _jax_settings_stay() -> Iterator[None]:
         jax.config.update("jax_default_device", device)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tokens are kept here, not with the person who runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        yield home
+
+
+def test_a_second_run_takes_its_tokens_from_the_first(
+    begin: Callable[..., int], finished: Path, cache_home: Path, capsys: Any
+) -> None:
+    capsys.readouterr()
+    kept = sorted((cache_home / "tessera" / "tokens").iterdir())
+    assert kept
+    assert begin("second", "--steps", "1") == 0
+    assert "encoding" not in capsys.readouterr().out
+    assert sorted((cache_home / "tessera" / "tokens").iterdir()) == kept
+
+
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "code.txt"

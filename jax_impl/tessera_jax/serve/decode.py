@@ -1,5 +1,6 @@
 """Generation over the contiguous cache: prefill, then one token a step."""
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 
@@ -34,22 +35,52 @@ def generate(
     The step is compiled once for the prompt and once for all single tokens. Raises DataError for an empty prompt,
     ids outside the vocabulary, more positions than the spec has, or a temperature above 0 without uniforms.
     """
+    ids = list(
+        stream_tokens(
+            params,
+            prompt_ids_BT,
+            spec=spec,
+            numerics=numerics,
+            num_tokens=num_tokens,
+            uniforms_BT=uniforms_BT,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+        )
+    )
+    return jnp.stack(ids, axis=1) if ids else jnp.zeros((prompt_ids_BT.shape[0], 0), jnp.int32)
+
+
+def stream_tokens(
+    params: Params,
+    prompt_ids_BT: Array,
+    *,
+    spec: ModelSpec,
+    numerics: Numerics,
+    num_tokens: int,
+    uniforms_BT: Array | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Iterator[Array]:
+    """Return an iterator over the tokens that `generate` returns, int32 (B,) each, as soon as one is chosen.
+
+    A token may still be on its way: reading it waits. The same errors, raised by the call and not by the first token.
+    """
     validate_token_ids(np.asarray(prompt_ids_BT), spec)
     uniforms_shape = None if uniforms_BT is None else tuple(uniforms_BT.shape)
     validate_generation(
         tuple(prompt_ids_BT.shape), spec, num_tokens=num_tokens, uniforms_shape=uniforms_shape, temperature=temperature
     )
-    rows, prompt = prompt_ids_BT.shape
-    uniforms_BT = jnp.zeros((rows, num_tokens), jnp.float32) if uniforms_BT is None else uniforms_BT
-    params = compute_params(params, numerics=numerics)
-    cache = empty_cache(params, spec=spec, numerics=numerics, batch=rows, capacity=prompt + num_tokens)
+    if uniforms_BT is None:
+        uniforms_BT = jnp.zeros((prompt_ids_BT.shape[0], num_tokens), jnp.float32)
     step = partial(_step, spec=spec, numerics=numerics, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    tokens_BT, start, parts = prompt_ids_BT, 0, [jnp.zeros((rows, 0), jnp.int32)]
-    for index in range(num_tokens):
-        tokens_BT, cache = step(params, tokens_BT, cache, np.int32(start), uniforms_BT, np.int32(index))
-        parts.append(tokens_BT)
-        start = prompt + index
-    return jnp.concatenate(parts, axis=1)
+    params = compute_params(params, numerics=numerics)
+    capacity = prompt_ids_BT.shape[1] + num_tokens
+    cache = empty_cache(params, spec=spec, numerics=numerics, batch=prompt_ids_BT.shape[0], capacity=capacity)
+    return _tokens(params, prompt_ids_BT, cache, uniforms_BT, step)
 
 
 def teacher_forced_logits(
@@ -69,6 +100,17 @@ def teacher_forced_logits(
         )
         parts.append(logits_BTV)
     return jnp.concatenate(parts, axis=1)
+
+
+def _tokens(
+    params: Params, prompt_ids_BT: Array, cache: Cache, uniforms_BT: Array, step: Callable[..., tuple[Array, Cache]]
+) -> Iterator[Array]:
+    """Yield one token a row for each column of uniforms. The cache is given away: each step donates it to the next."""
+    tokens_BT, start, prompt = prompt_ids_BT, 0, prompt_ids_BT.shape[1]
+    for index in range(uniforms_BT.shape[1]):
+        tokens_BT, cache = step(params, tokens_BT, cache, np.int32(start), uniforms_BT, np.int32(index))
+        yield tokens_BT[:, 0]
+        start = prompt + index
 
 
 @partial(

@@ -6,7 +6,7 @@ from jax import Array
 
 
 def greedy(logits_BV: Array) -> Array:
-    """Return the likeliest token of each row, the lowest id on ties, as int32."""
+    """Return the likeliest token of each row, the lowest id on ties and the first NaN where there is one, as int32."""
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
 

@@ -19,9 +19,13 @@ from tessera_shared.schedule import Schedule, learning_rate
 from tessera_shared.spec import ModelSpec
 
 OnStep = Callable[[int, TrainState, dict[str, Array]], bool]
-"""(step, state after it, its metrics) -> whether to go on."""
+"""(step, state after it, its metrics) -> whether to go on. The state may be given to the next step: copy what to keep."""
 
-_compiled_step = jax.jit(train_step, static_argnames=("spec", "numerics", "objective", "options", "recompute"))
+_compiled_step = jax.jit(
+    train_step,
+    static_argnames=("spec", "numerics", "objective", "options", "recompute"),
+    donate_argnames=("state",),
+)
 
 
 def train(
@@ -43,9 +47,11 @@ def train(
     """Make up to `num_steps` updates from where `state` is; return the state after the last.
 
     Step s takes `batches_at(s)`, cut into `accumulation` micro-batches, and the schedule's rate at s, so the result
-    depends on the state and the arguments alone. With `compiled`, the framework's compiler makes one program of a step.
+    depends on the state and the arguments alone. With `compiled`, the framework's compiler makes one program of a step,
+    and each step writes over the state before it: what came in as `state` cannot be used afterwards.
     """
     step_function = _compiled_step if compiled else train_step
+    state = state._replace(step=jnp.array(state.step))  # it may be the optimizer's own count, and is given away once
     start_step = int(state.step)
     for step in range(start_step, start_step + num_steps):
         state, metrics = step_function(

@@ -83,7 +83,9 @@ def adamw_update(
     options: AdamWOptions,
     decay_mask: Mapping[str, bool],
 ) -> tuple[dict[str, Array], AdamWState]:
-    """Make one update, t = step + 1 (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2 with the schedule in lr).
+    """Make one update, t = step + 1 (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2).
+
+    lr is the paper's schedule times its rate alpha; wd is its lambda over alpha, so that lr scales the decay too.
 
     m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;
     p -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + wd p), the last term where the mask says decay.

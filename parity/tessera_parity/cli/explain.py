@@ -7,9 +7,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from tessera_parity.cli.repro import read_settings
 from tessera_parity.report.jsonl import RESULT_FILE, read_run
 from tessera_parity.report.summary import check_message, repro_command
+from tessera_parity.repro import rerun_command
 from tessera_parity.result import Check, Question, Run, Verdict
+from tessera_parity.store import Settings
 from tessera_parity.terminal import COLORS, headline
 
 MEANING = {
@@ -31,6 +34,7 @@ def explain(result: Annotated[Path, typer.Argument(help="A run directory, or its
     """Explain every check of a run that is not parity, and say what to do next."""
     directory = result.parent if result.name == RESULT_FILE else result
     run = read_run(directory)
+    settings = read_settings(directory, {"lane": run.lane, "seed": run.seed})
     console = Console()
     console.print(Text(headline(run), style=f"bold {COLORS[run.verdict]}"), soft_wrap=True)
     odd = [check for check in run.checks if check.verdict is not Verdict.PARITY]
@@ -41,7 +45,7 @@ def explain(result: Annotated[Path, typer.Argument(help="A run directory, or its
     for check in odd:
         console.print()
         console.print(Text(check_message(check), style=COLORS[check.verdict]), soft_wrap=True)
-        for line in advice(check, str(directory)):
+        for line in advice(check, str(directory), settings):
             console.print("  " + line, soft_wrap=True, markup=False)
 
 
@@ -55,16 +59,22 @@ def environment_lines(run: Run) -> list[str]:
     )
 
 
-def advice(check: Check, directory: str) -> list[str]:
-    """Return what a check means and what to do next, most likely cause first."""
+def advice(check: Check, directory: str, settings: Settings | None = None) -> list[str]:
+    """Return what a check means and what to do next, most likely cause first.
+
+    With the run's settings, also the command that runs the check's subject again by itself.
+    """
     lines = [VERDICTS.get(check.verdict, MEANING[check.question])]
     if check.detail.startswith("raised ") or "; raised " in check.detail:
         lines.append("The half raised where the oracle answered: read that message first.")
     if check.op is not None:
         lines.append(f"Look at {check.op}" + (f" in layer {check.layer}" if check.layer is not None else "") + ".")
     lines.append(who_line(check))
-    if check.case is not None:
+    if check.verdict is Verdict.DIVERGENCE:
         lines.append(f"Replay and shrink: {repro_command(check, directory)}")
+    if settings is not None and check.verdict is not Verdict.UNCALIBRATED:
+        again = rerun_command({"subject": check.subject, "sides": check.sides}, settings)
+        lines.append(f"Run it again by itself: {again}")
     return [line for line in lines if line]
 
 

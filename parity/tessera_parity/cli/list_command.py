@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from tessera_parity.runner import NOT_IN_QUICK
+from tessera_parity.runner import NOT_IN_QUICK, ONLY_BY_NAME
 from tessera_parity.subjects import SUBJECTS
 
 
@@ -13,6 +13,7 @@ def list_subjects() -> None:
     table.add_column("subject", no_wrap=True)
     table.add_column("what is compared")
     for subject in SUBJECTS:
-        note = f" ({NOT_IN_QUICK[subject.name]})" if subject.name in NOT_IN_QUICK else ""
+        why = (NOT_IN_QUICK | ONLY_BY_NAME).get(subject.name)
+        note = f" ({why})" if why else ""
         table.add_row(subject.name, subject.about + note)
     Console().print(table)

@@ -134,7 +134,8 @@ def _go(store: stores.Store, *, explicit: bool, workers: int | None) -> None:
     with remembered_interrupts() as is_interrupted:
         try:
             with _progress(is_interrupted) as advance:
-                settle_process()
+                if num_workers == 1:  # workers settle themselves, and here nothing else needs the frameworks
+                    settle_process()
                 result = execute(store, advance=advance, explicit=explicit, num_workers=num_workers)
         except (KeyboardInterrupt, ImportError) as error:
             if isinstance(error, ImportError) and not is_interrupted():

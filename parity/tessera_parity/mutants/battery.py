@@ -6,6 +6,7 @@ probes are the functions of the paired surface on odd, unequal sizes, with the i
 micro-batches).
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 from tessera_parity import budget
 from tessera_parity.compare import Difference, compare_results, flatten
 from tessera_parity.halves import Array, Half
+from tessera_parity.repro_op import Call
+from tessera_parity.repro_program import Program
 from tessera_shared.numerics import UNIT_ROUNDOFF
 
 Observed = dict[str, np.ndarray]
@@ -40,6 +43,7 @@ class Probe:
     rounding: bool = False  # working dtype: judged by how many elements round otherwise, in units of what is allowed
     gradient: bool = False  # derivatives of one scalar: judged against the largest of them
     model: int | None = None  # index of the model case that localization replays, where a whole model runs
+    program: Program | None = None  # the same as source, for a repro; `program_of` makes it where it is a plain call
 
     @property
     def limit(self) -> float:
@@ -104,15 +108,35 @@ def bring(half: Half, value: Any) -> Any:
     return value
 
 
-def calling(path: str, function: str, *args: Any, **kwargs: Any) -> Callable[[Half], Observed]:
+@dataclass(frozen=True)
+class Calling:
+    """An observer of one call of one paired function."""
+
+    path: str
+    function: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, half: Half) -> Observed:
+        """Call it in a half."""
+        target = getattr(half.module(self.path), self.function)
+        placed = {name: bring(half, value) for name, value in self.kwargs.items()}
+        return flatten(half, target(*(bring(half, arg) for arg in self.args), **placed))
+
+
+def calling(path: str, function: str, *args: Any, **kwargs: Any) -> Calling:
     """Return an observer of one call of one paired function."""
+    return Calling(path, function, args, kwargs)
 
-    def observe(half: Half) -> Observed:
-        target = getattr(half.module(path), function)
-        placed = {name: bring(half, value) for name, value in kwargs.items()}
-        return flatten(half, target(*(bring(half, arg) for arg in args), **placed))
 
-    return observe
+def program_of(oracle: Half, probe: Probe) -> Program | None:
+    """Return what a probe computes as a program of its own, or None where it is none."""
+    if probe.program is not None or not isinstance(probe.observe, Calling):
+        return probe.program
+    seen = probe.observe
+    names = inspect.signature(getattr(oracle.module(seen.path), seen.function)).parameters
+    inputs = {**dict(zip(names, seen.args, strict=False)), **seen.kwargs}
+    return Call(path=seen.path, function=seen.function, inputs=inputs)
 
 
 def differentiating(

@@ -207,8 +207,8 @@ _SERVING = (
     ),
     _torch(
         "greedy-takes-last-tie", "sampling", "serve/sampling.py",
-        "torch.where(logits_BV == best_B1, ids_V, logits_BV.shape[-1] - 1).amin(dim=-1)",
-        "torch.where(logits_BV == best_B1, ids_V, 0).amax(dim=-1)", "greedy", hints=("sampling",),
+        "torch.where(is_best_BV, ids_V, logits_BV.shape[-1] - 1).amin(dim=-1)",
+        "torch.where(is_best_BV, ids_V, 0).amax(dim=-1)", "greedy", hints=("sampling",),
     ),
     _torch(
         "temperature-multiplies", "sampling", "serve/sampling.py", "/ temperature, dim=-1)", "* temperature, dim=-1)",

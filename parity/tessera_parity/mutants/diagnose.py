@@ -17,8 +17,8 @@ from tessera_parity.localize import (
     record_taps,
 )
 from tessera_parity.localize_decode import localize_decode
-from tessera_parity.mutants.battery import Observed, Probe
-from tessera_parity.mutants.cases import battery_cases
+from tessera_parity.mutants.battery import Observed, Probe, program_of
+from tessera_parity.mutants.cases import battery_cases, prepared_logits
 from tessera_parity.mutants.probes_model import decode_probes, forward_probes, gradient_probes, loss_probes
 from tessera_parity.mutants.probes_ops import op_probes
 from tessera_parity.mutants.probes_rounding import rounding_probes
@@ -28,6 +28,8 @@ from tessera_parity.mutants.probes_state import (
     sampling_probes,
     training_probes,
 )
+from tessera_parity.repro_program import Program
+from tessera_parity.repro_rounded import RoundedLogSoftmax, RoundedTap
 from tessera_parity.subjects.context import Context
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -52,12 +54,14 @@ class Finding:
     culprit: Culprit
     question: str
     case: ModelCase | None
+    probe: Probe | None = None  # the one that departs by itself, where no model case does
 
 
 class Bench:
     """The battery of one run: probes, the oracle's answers (made when first asked for), clean halves."""
 
     def __init__(self, context: Context) -> None:
+        self.seed = context.seed
         self.oracle = context.numpy
         self.halves = context.halves
         self.cases = battery_cases(context.seed)
@@ -153,7 +157,7 @@ def _by_function(bench: Bench, half: Half, subject: str, seen: Probe) -> Finding
                 half=half.name, op=probe.name_of(name), position=f"{name}{difference.position}",
                 observed=difference.value, limit=probe.limit, direction=STATE, detail=f"{seen.subject} departed first",
             )  # fmt: skip
-            return Finding(culprit=culprit, question=subject, case=None)
+            return Finding(culprit=culprit, question=subject, case=None, probe=probe)
     return None
 
 
@@ -168,3 +172,13 @@ def still_fails(bench: Bench, half: Half, finding: Finding) -> Callable[[ModelCa
         return culprit is not None and culprit.op == finding.culprit.op
 
     return fails
+
+
+def program_of_finding(bench: Bench, finding: Finding) -> Program | None:
+    """Return what departed as a program: the probe's own, or the one rounding that was named."""
+    if finding.question == "rounding":
+        if finding.culprit.op == "log_softmax":
+            student_BTV, _, _ = prepared_logits(bench.seed)
+            return RoundedLogSoftmax(oracle=bench.oracle, logits_BTV=student_BTV.astype(np.float32).astype(np.float64))
+        return RoundedTap(oracle=bench.oracle, case=battery_cases(bench.seed)[1], op=finding.culprit.op)
+    return None if finding.probe is None else program_of(bench.oracle, finding.probe)

@@ -16,8 +16,9 @@ from tessera_parity.loading import load_half
 from tessera_parity.localize import SURPRISES, Culprit
 from tessera_parity.mutants import laws, twins
 from tessera_parity.mutants.battery import Observed, Probe
-from tessera_parity.mutants.diagnose import Bench, diagnose, still_fails
+from tessera_parity.mutants.diagnose import Bench, Finding, diagnose, program_of_finding, still_fails
 from tessera_parity.mutants.mutant import Mutant
+from tessera_parity.repro_program import shrink_program
 from tessera_parity.result import Check, MutantOutcome, Question, Verdict
 from tessera_parity.shrink import shrink
 from tessera_parity.subjects.context import FULL, QUICK, Context
@@ -257,10 +258,23 @@ def _against_battery(
     if finding is None:
         return probe.subject, None, f"{line}; not localized", None, None
     layers = tokens = None
-    if shrinking and finding.case is not None:
-        shrunk = shrink(finding.case, still_fails(bench, half, finding), max_attempts=SHRINK_ATTEMPTS)
-        layers, tokens = shrunk.layers, shrunk.tokens
+    if shrinking:
+        layers, tokens = _shrunk_size(bench, half, finding)
     return probe.subject, finding.culprit, line, layers, tokens
+
+
+def _shrunk_size(bench: Bench, half: Half, finding: Finding) -> tuple[int | None, int | None]:
+    """Return layers and tokens of the smallest case that still shows a bug; nothing is written (`shrinking` does)."""
+    if finding.case is not None:
+        shrunk = shrink(finding.case, still_fails(bench, half, finding), max_attempts=SHRINK_ATTEMPTS)
+        return shrunk.layers, shrunk.tokens
+    program = program_of_finding(bench, finding)
+    if program is None:
+        return None, None
+    try:
+        return shrink_program(bench.judge_of(half), half, program)[0].size
+    except ParityError:  # the probe pools what no program shows by itself
+        return None, None
 
 
 def first_notice(bench: Bench, half: Half, *, hints: Iterable[str] = ()) -> tuple[Probe, str] | None:

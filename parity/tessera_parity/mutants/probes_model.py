@@ -11,6 +11,9 @@ from tessera_parity.compare import flatten
 from tessera_parity.halves import Array, Half
 from tessera_parity.mutants.battery import SIZES, Observed, Probe, bring, calling, differentiating, directions
 from tessera_parity.mutants.cases import battery_cases, prepared_logits
+from tessera_parity.repro_op import Call
+from tessera_parity.repro_state import Generated, RaggedCache
+from tessera_parity.repro_training import Gradients
 from tessera_shared.batch import Batch
 from tessera_shared.numerics import FLOAT64
 from tessera_shared.objectives import (
@@ -49,6 +52,7 @@ def gradient_probes(seed: int) -> Iterator[Probe]:
             depth=2 * DEPTH,
             gradient=True,
             model=index,
+            program=Gradients(case=cases[index], objective=objective, recompute=recompute),
         )
 
 
@@ -59,11 +63,18 @@ def loss_probes(seed: int) -> Iterator[Probe]:
     yield Probe(subject="losses", op="log_softmax", observe=observe)
     ignored_BT = np.full_like(labels_BT, -100)
     for z_loss, labels in ((0.0, labels_BT), (0.1, labels_BT), (0.1, ignored_BT)):
-        yield _loss("cross_entropy", {"student": student_BTV}, _cross_entropy(labels, z_loss))
+        inputs = {"logits_BTV": student_BTV, "labels_BT": labels, "z_loss": z_loss}
+        yield _loss("cross_entropy", {"student": student_BTV}, _cross_entropy(labels, z_loss), inputs)
     for name, options in _PER_TOKEN:
-        yield _loss(name, {"student": student_BTV}, _per_token(name, teacher_BTV, options))
+        inputs = {"student_BTV": student_BTV, "teacher_BTV": teacher_BTV, **options}
+        yield _loss(name, {"student": student_BTV}, _per_token(name, teacher_BTV, options), inputs)
     for distil in _DISTILLATION:
-        yield _loss("distillation_loss", {"student": student_BTV}, _distillation(teacher_BTV, labels_BT, distil))
+        inputs = {
+            "student_BTV": student_BTV, "teacher_BTV": teacher_BTV, "labels_BT": labels_BT, "options": distil
+        }  # fmt: skip
+        yield _loss(
+            "distillation_loss", {"student": student_BTV}, _distillation(teacher_BTV, labels_BT, distil), inputs
+        )
     yield from _hidden_losses(seed, labels_BT)
 
 
@@ -95,14 +106,30 @@ def decode_probes(seed: int) -> Iterator[Probe]:
             numerics=FLOAT64, prefill=4,
         )  # fmt: skip
         yield Probe(subject="decode", op="cache", observe=observe, depth=DEPTH, model=index)
-        yield Probe(subject="decode", op="cache", observe=_ragged_cache(case), depth=DEPTH, model=index)
+        yield Probe(
+            subject="decode",
+            op="cache",
+            observe=_ragged_cache(case),
+            depth=DEPTH,
+            model=index,
+            program=RaggedCache(case=case),
+        )
     case = battery_cases(seed)[0]
     uniforms_BT = np.random.default_rng((seed, 6)).random((SIZES["B"], 4))
     observe = calling(
         "serve.decode", "generate", case.params, case.token_ids_BT[:, :3], spec=case.spec, numerics=FLOAT64,
         num_tokens=4, uniforms_BT=uniforms_BT, temperature=1.3,
     )  # fmt: skip
-    yield Probe(subject="decode", op="generate", observe=observe)
+    prompt = Generated(case=prompt_of(case, 3), uniforms_BT=uniforms_BT, sampling={"temperature": 1.3})
+    yield Probe(subject="decode", op="generate", observe=observe, program=prompt)
+
+
+def prompt_of(case: ModelCase, length: int) -> ModelCase:
+    """Return the first tokens of every row."""
+    return replace(
+        case, token_ids_BT=case.token_ids_BT[:, :length], labels_BT=case.labels_BT[:, :length],
+        positions_BT=case.positions_BT[:, :length], segments_BT=case.segments_BT[:, :length],
+    )  # fmt: skip
 
 
 def _forward(case: ModelCase) -> Callable[[Half], Observed]:
@@ -161,8 +188,24 @@ def _logits(half: Half, case: ModelCase, params: Mapping[str, Array]) -> Array:
     )  # fmt: skip
 
 
-def _loss(op: str, named: Mapping[str, np.ndarray], function: Callable[[Half, Mapping[str, Array]], Array]) -> Probe:
-    return Probe(subject="losses", op=op, observe=differentiating(function, named), gradient=True, depth=4)
+def _loss(
+    op: str,
+    named: Mapping[str, np.ndarray],
+    function: Callable[[Half, Mapping[str, Array]], Array],
+    inputs: Mapping[str, Any],
+) -> Probe:
+    moving = tuple(name for name in ("logits_BTV", "student_BTV", "student_BTD", "projection_FD") if name in inputs)
+    weights_BT = _weights(next(iter(named.values())).shape[:2])
+    call = Call(
+        path="distil.losses", function=op, inputs={**inputs, "numerics": FLOAT64}, moving=moving, weights_BT=weights_BT
+    )
+    return Probe(
+        subject="losses", op=op, observe=differentiating(function, named), gradient=True, depth=4, program=call
+    )
+
+
+def _weights(shape: tuple[int, ...]) -> np.ndarray:
+    return 1.0 + np.arange(np.prod(shape)).reshape(shape) / 7
 
 
 def _cross_entropy(labels_BT: np.ndarray, z_loss: float) -> Callable[[Half, Mapping[str, Array]], Array]:
@@ -177,7 +220,7 @@ def _cross_entropy(labels_BT: np.ndarray, z_loss: float) -> Callable[[Half, Mapp
 def _per_token(
     name: str, teacher_BTV: np.ndarray, options: Mapping[str, Any]
 ) -> Callable[[Half, Mapping[str, Array]], Array]:
-    weights_BT = 1.0 + np.arange(teacher_BTV[..., 0].size).reshape(teacher_BTV.shape[:2]) / 7
+    weights_BT = _weights(teacher_BTV.shape[:2])
 
     def total(half: Half, named: Mapping[str, Array]) -> Array:
         function = getattr(half.module("distil.losses"), name)
@@ -213,7 +256,11 @@ def _hidden_losses(seed: int, labels_BT: np.ndarray) -> Iterator[Probe]:
             )
             return loss + 0.5 * count
 
-        yield _loss(name, {"student": student_BTD, "projection": projection_FD}, total)
+        inputs = {
+            "student_BTD": student_BTD, "teacher_BTF": teacher_BTF, "projection_FD": projection_FD,
+            "labels_BT": labels_BT,
+        }  # fmt: skip
+        yield _loss(name, {"student": student_BTD, "projection": projection_FD}, total, inputs)
 
 
 def _ragged_cache(case: ModelCase) -> Callable[[Half], Observed]:

@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from tessera_parity.cases import ModelCase
 from tessera_parity.compare import flatten
 from tessera_parity.halves import Array, Half
 from tessera_parity.mutants.battery import Observed, Probe, bring, calling
 from tessera_parity.mutants.cases import battery_cases
 from tessera_parity.mutants.probes_model import DEPTH, batch_of
+from tessera_parity.repro_op import Call
+from tessera_parity.repro_training import TrainStep, Updates
 from tessera_parity.shrink import seeded_params
 from tessera_shared.batch import Batch
 from tessera_shared.numerics import FLOAT64
@@ -41,15 +44,15 @@ def optimizer_probes(seed: int) -> Iterator[Probe]:
         observe = calling("train.optim", "clip_by_global_norm", small, max_norm=max_norm)
         yield Probe(subject="optimizer", op="clip_by_global_norm", observe=observe)
     plain = AdamWOptions(beta1=0.8, beta2=0.95, eps=1e-30, weight_decay=0.0, clip_norm=None)
-    yield Probe(subject="optimizer", op="adamw.first_moment", observe=_update(rng, plain, "first"))
-    yield Probe(subject="optimizer", op="adamw.second_moment", observe=_update(rng, plain, "second"))
-    yield Probe(subject="optimizer", op="adamw.update", observe=_update(rng, plain, "params"))
-    yield Probe(subject="optimizer", op="adamw.epsilon", observe=_update(rng, replace(plain, eps=0.3), "params"))
-    yield Probe(subject="optimizer", op="adamw.decay", observe=_update(rng, replace(plain, weight_decay=0.4), "params"))
-    yield Probe(subject="optimizer", op="adamw.state", observe=_three_steps(rng), depth=4)
+    yield _update(rng, "adamw.first_moment", plain, "first")
+    yield _update(rng, "adamw.second_moment", plain, "second")
+    yield _update(rng, "adamw.update", plain, "params")
+    yield _update(rng, "adamw.epsilon", replace(plain, eps=0.3), "params")
+    yield _update(rng, "adamw.decay", replace(plain, weight_decay=0.4), "params")
+    yield _three_steps(rng)
 
 
-def _update(rng: np.random.Generator, options: AdamWOptions, part: str) -> Callable[[Half], Observed]:
+def _update(rng: np.random.Generator, op: str, options: AdamWOptions, part: str) -> Probe:
     """Observe one part of one update that starts from given moments at step 2."""
     params, grads, first, second = (
         {name: rng.standard_normal(shape) for name, shape in _SHAPES.items()} for _ in range(4)
@@ -65,14 +68,18 @@ def _update(rng: np.random.Generator, options: AdamWOptions, part: str) -> Calla
         after = module.moments(state)
         return flatten(half, {"first": after[0], "second": after[1], "params": moved}[part], part)
 
-    return observe
+    program = Updates(
+        params=params, gradients=(grads,), rates=(0.05,), options=options, decay=_DECAYS,
+        moments=(first, second, 2), part=part,
+    )  # fmt: skip
+    return Probe(subject="optimizer", op=op, observe=observe, program=program)
 
 
-def _three_steps(rng: np.random.Generator) -> Callable[[Half], Observed]:
+def _three_steps(rng: np.random.Generator) -> Probe:
     """Observe three updates from nothing: initial state, step count, the learning rate of each step."""
     params = {name: rng.standard_normal(shape) for name, shape in _SHAPES.items()}
     grads = [{name: rng.standard_normal(shape) for name, shape in _SHAPES.items()} for _ in range(3)]
-    options = AdamWOptions(eps=1e-3)
+    options, rates = AdamWOptions(eps=1e-3), tuple(0.1 / (step + 1) for step in range(3))
 
     def observe(half: Half) -> Observed:
         module, moved = half.module("train.optim"), bring(half, params)
@@ -80,31 +87,37 @@ def _three_steps(rng: np.random.Generator) -> Callable[[Half], Observed]:
         out: Observed = {}
         for step, grad in enumerate(grads):
             moved, state = module.adamw_update(
-                moved, bring(half, grad), state, lr=0.1 / (step + 1), options=options, decay_mask=_DECAYS
+                moved, bring(half, grad), state, lr=rates[step], options=options, decay_mask=_DECAYS
             )
             out |= flatten(half, moved, f"params{step}")
         first, second, count = module.moments(state)
         out["count"] = np.asarray(half.numpy(count), np.float64).reshape(())
         return out | flatten(half, {"first": first, "second": second}, "moments")
 
-    return observe
+    program = Updates(
+        params=params, gradients=tuple(grads), rates=rates, options=replace(options, clip_norm=None), decay=_DECAYS
+    )
+    return Probe(subject="optimizer", op="adamw.state", observe=observe, depth=4, program=program)
 
 
 def training_probes(seed: int) -> Iterator[Probe]:
     """Yield a training step over two micro-batches that count unequally many tokens."""
-    yield Probe(subject="training", op="train_step", observe=_train(seed), depth=3 * DEPTH, gradient=True)
-
-
-def _train(seed: int) -> Callable[[Half], Observed]:
     case = battery_cases(seed)[0]
-    spec = replace(case.spec, num_layers=1)
-    params = seeded_params(spec, seed)
+    spec, options = replace(case.spec, num_layers=1), AdamWOptions(eps=1e-2, clip_norm=0.5)
+    case = replace(case, spec=spec, params=seeded_params(spec, seed))
+    yield Probe(
+        subject="training", op="train_step", observe=_train(case, options), depth=3 * DEPTH, gradient=True,
+        program=TrainStep(case=case, options=options),
+    )  # fmt: skip
+
+
+def _train(case: ModelCase, options: AdamWOptions) -> Callable[[Half], Observed]:
+    spec, params = case.spec, case.params
     ragged_BT = case.labels_BT.copy()
     ragged_BT[0, :4] = IGNORE_INDEX
     second = batch_of(case)._replace(token_ids_BT=case.token_ids_BT[:, ::-1].copy(), labels_BT=ragged_BT)
     micro_batches = [batch_of(case), second]
     whole = Batch(*(np.concatenate(fields) for fields in zip(*micro_batches, strict=True)))
-    options = AdamWOptions(eps=1e-2, clip_norm=0.5)
 
     def observe(half: Half) -> Observed:
         module = half.module("train.step")
@@ -169,9 +182,12 @@ def randomness_probes(seed: int) -> Iterator[Probe]:
     """Yield bits and uniforms near counters 0 and 2**32."""
     key_2 = stream_key(seed, "mutants")
     for start in (0, 2**32 - 2):
-        yield Probe(subject="randomness", op="random_bits", observe=_bits(key_2, start))
+        counters = {"key_2": key_2, "start": start, "count": 5}
+        bits = Call(path="randomness", function="random_bits", inputs=counters)
+        yield Probe(subject="randomness", op="random_bits", observe=_bits(key_2, start), program=bits)
         for dtype in ("float32", "float64"):
-            yield Probe(subject="randomness", op="uniforms", observe=_uniforms(key_2, start, dtype))
+            draw = Call(path="randomness", function="uniforms", inputs={**counters, "dtype": dtype})
+            yield Probe(subject="randomness", op="uniforms", observe=_uniforms(key_2, start, dtype), program=draw)
 
 
 def _bits(key_2: np.ndarray, start: int) -> Callable[[Half], Observed]:

@@ -27,6 +27,7 @@ from tessera_parity.report.summary import clean
 WIDTH, HEIGHT = 360, 236
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 38
 MOST_POINTS = 240
+EDGE = 1e-9  # in steps: how far past its end, which is rounded too, an axis still takes a tick
 LARGEST = 1e200
 """What is drawn as not finite from here on: an axis must be able to hold a tenfold of both ends' difference."""
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -130,7 +131,7 @@ def ticks(axis: Axis, *, most: int = 6, whole: bool = False) -> list[float]:
     scale = 10.0 ** math.floor(_log10(rough))
     step = next(factor * scale for factor in (1, 2, 5, 10) if factor * scale >= rough * 0.999)
     step = max(1.0, step) if whole else step
-    first, last = math.ceil(axis.low / step - 1e-9), math.floor(axis.high / step + 1e-9)
+    first, last = math.ceil(axis.low / step - EDGE), math.floor(axis.high / step + EDGE)
     return [index * step for index in range(first, last + 1)]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from tessera_parity.halves import Half
 from tessera_parity.result import Check
@@ -33,6 +34,13 @@ class Context:
     def budget(self, *, quick: int, default: int, full: int) -> int:
         """Return this run's number of cases: `cases` when the user gave it, else the lane's."""
         return self.cases if self.cases is not None else {QUICK: quick, DEFAULT: default, FULL: full}[self.lane]
+
+    def as_one(self, half: Half, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of arrays compiled as one in the quick lane, as it is in the others.
+
+        JAX compiles every operation of every new shape; that repays where many cases share shapes, and few do not.
+        """
+        return half.compiled(function) if self.lane == QUICK else function
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ def run(context: Context) -> Iterator[Check]:
         tallies: dict[str, Tally] = {}
         for index in range(context.budget(quick=12, default=80, full=260)):
             context.advance(f"forward: {half.name}, case {index + 1}")
-            case = model_case(case_seed(context.seed, "forward", index), pool=2 if context.lane == QUICK else 5)
+            case = model_case(case_seed(context.seed, "forward", index), pool=1 if context.lane == QUICK else 5)
             compare_taps(context, half, case, tallies)
         for tally in tallies.values():
             yield tally.check()

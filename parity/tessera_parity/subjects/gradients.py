@@ -36,9 +36,9 @@ detail."""
 def run(context: Context) -> Iterator[Check]:
     """Yield one check per parameter class and pair of sides, and one for losses."""
     tallies: dict[tuple[str, tuple[str, str]], Tally] = {}
-    for index in range(context.budget(quick=5, default=40, full=120)):
+    for index in range(context.budget(quick=3, default=40, full=120)):
         context.advance(f"gradients: case {index + 1}")
-        case = model_case(case_seed(context.seed, "gradients", index), pool=1 if context.lane == QUICK else 5)
+        case = model_case(case_seed(context.seed, "gradients", index), pool=2 if context.lane == QUICK else 5)
         compare_gradients(
             context, case, tallies, objective=objective_of(case), recompute=index % 3 == 2 and context.lane != QUICK
         )
@@ -73,7 +73,9 @@ def compare_gradients(
         tallies[key].add(difference, bound, case=case.to_json(), layer=layer, new_case=new_case, detail=detail)
 
     for half in context.halves:
-        result, raised = attempt(lambda h=half: loss_and_grads(h, case, objective, recompute=recompute))  # type: ignore[misc]
+        result, raised = attempt(
+            lambda h=half: loss_and_grads(h, case, objective, recompute=recompute, as_one=context.as_one)  # type: ignore[misc]
+        )
         if raised:
             add("loss", ("numpy", half.name), raised, limit, True)
             continue
@@ -128,19 +130,30 @@ def teacher_in(half: Half, case: ModelCase, objective: Objective) -> Any:
     return module.Teacher({name: half.array(value) for name, value in params.items()}, spec, FLOAT64)
 
 
+AsOne = Callable[[Half, Callable[..., Any]], Callable[..., Any]]
+"""`Context.as_one`: may compile a function of arrays as one."""
+
+
+def step_by_step(half: Half, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function as it is."""
+    del half
+    return function
+
+
 def loss_and_grads(
-    half: Half, case: ModelCase, objective: Objective, *, recompute: bool = False
+    half: Half, case: ModelCase, objective: Objective, *, recompute: bool = False, as_one: AsOne = step_by_step
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return a half's loss sum and its gradients by parameter, as NumPy."""
-    loss, _, grads = half.module("train.step").loss_and_grads(
-        {name: half.array(value) for name, value in case.params.items()},
-        batch_of(case),
-        spec=case.spec,
-        numerics=FLOAT64,
-        objective=objective,
-        teacher=teacher_in(half, case, objective),
-        recompute=recompute,
-    )
+    step, teacher = half.module("train.step"), teacher_in(half, case, objective)
+    function = as_one(
+        half,
+        lambda params, batch: step.loss_and_grads(
+            params, Batch(*batch), spec=case.spec, numerics=FLOAT64, objective=objective, teacher=teacher,
+            recompute=recompute,
+        ),
+    )  # fmt: skip
+    params = {name: half.array(value) for name, value in case.params.items()}
+    loss, _, grads = function(params, tuple(half.array(field) for field in batch_of(case)))
     return half.numpy(loss), {name: half.numpy(grad) for name, grad in grads.items()}
 
 

@@ -21,7 +21,7 @@ DIFFERENTIABLE = ("student_BTV", "logits_BTV", "student_BTD", "projection_FD")
 """Arguments that receive gradients; the teacher's do not."""
 
 WIDEST = ("distillation_loss", "training_loss")
-"""Functions that dispatch over all options, so they get three times the cases."""
+"""Functions that dispatch over all options, so they get more cases."""
 
 
 def run(context: Context) -> Iterator[Check]:
@@ -41,7 +41,8 @@ def _gradients(context: Context, pair: Pair, halves: dict[str, Half]) -> Iterato
     tallies = {side: _tally(context, pair, ("numpy", side), "slope") for side in sides}
     if len(sides) == 2:
         tallies["both"] = _tally(context, pair, ("torch", "jax"), "gradient")
-    cases = context.budget(quick=2, default=6, full=14) * (3 if pair.name in WIDEST else 1)
+    widest = pair.name in WIDEST
+    cases = context.budget(quick=3, default=18, full=42) if widest else context.budget(quick=2, default=6, full=14)
     for index in range(cases):
         _one_case(context, pair, generated(context, pair, index, subject="losses"), halves, tallies)
     for tally in tallies.values():

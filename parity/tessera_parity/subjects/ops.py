@@ -5,7 +5,8 @@ subjects of their own (`ELSEWHERE` says which), and `tests/harness/test_subjects
 neither.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from tessera_parity import budget
 from tessera_parity.cases import OP_SIZES, STYLES, OpCase, bring, case_seed, op_case
@@ -52,8 +53,8 @@ def halves_of(context: Context) -> dict[str, Half]:
 
 
 def op_pairs(pairs: list[Pair]) -> list[Pair]:
-    """Return those of the paired functions that this subject looks at."""
-    return [pair for pair in pairs if elsewhere(pair.path) is None]
+    """Return those of the paired functions that this subject looks at: one side alone has nothing to be held against."""
+    return [pair for pair in pairs if elsewhere(pair.path) is None and len(pair.functions) > 1]
 
 
 def _mirrored(context: Context, pairs: list[Pair], problems: list[ParityError]) -> Check:
@@ -96,12 +97,24 @@ def check_pair(context: Context, pair: Pair, halves: dict[str, Half], *, subject
         limit = budget.mathematics_limit(1, length=max(case.sizes.values()))
         for side in others:
             half = halves[side]
-            call = pair.functions[side]
+            call = as_one(context, half, pair.functions[side]) if subject == "ops" else pair.functions[side]
             found, raised = attempt(lambda c=call, h=half, k=case: flatten(h, c(**bring(h.array, k.inputs))))  # type: ignore[misc]
             which, difference = ("out", raised) if raised else compare_results(truth, found, floor=floor)
             tallies[side].add(difference, limit, case=case.to_json(), detail="" if which == "out" else which)
     for side in others:
         yield tallies[side].check()
+
+
+def as_one(context: Context, half: Half, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of the same arguments, compiled as one where `Context.as_one` does. What is no array is fixed
+    in it."""
+
+    def call(**inputs: Any) -> Any:
+        fixed = {name: value for name, value in inputs.items() if not hasattr(value, "shape")}
+        arrays = {name: value for name, value in inputs.items() if name not in fixed}
+        return context.as_one(half, lambda arrays: function(**fixed, **arrays))(arrays)
+
+    return call
 
 
 def generated(context: Context, pair: Pair, index: int, *, subject: str) -> OpCase:

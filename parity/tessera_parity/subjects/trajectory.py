@@ -25,6 +25,7 @@ from tessera_parity.result import Check, Question, Verdict
 from tessera_parity.subjects.context import Context, Subject
 from tessera_parity.trained import OPTIONS, Arrays, RealText, Stepper, real_text, schedule, start, stepper
 from tessera_shared.batch import Batch
+from tessera_shared.errors import MissingDependency
 from tessera_shared.init import initial_weights
 from tessera_shared.presets import preset
 from tessera_shared.schedule import learning_rate
@@ -47,10 +48,16 @@ class _Track:
 
 
 def run(context: Context) -> Iterator[Check]:
-    """Yield the float64 comparison, the open loop of each half, and the closed loop of the two."""
+    """Yield the float64 comparison, the open loop of each half, and the closed loop of the two.
+
+    Raises `MissingDependency` where a half is missing: one run has nothing to be compared with.
+    """
     if context.torch is None or context.jax is None:
-        return
-    steps = context.budget(quick=20, default=60, full=200) if context.cases is None else max(2, context.cases)
+        raise MissingDependency(
+            f"halves = {', '.join(half.name for half in context.halves)}: expected torch and jax, because a trajectory "
+            "is one half's run beside the other's; try without --only-half, or install both"
+        )
+    steps = context.budget(quick=15, default=60, full=200) if context.cases is None else max(2, context.cases)
     spec = preset(context.model) if context.model in ("nano", "tiny") else preset("nano")
     text, weights = real_text(spec.vocab_size), initial_weights(spec, seed=context.seed)
     runs = _Runs(context, spec, text, weights, steps)

@@ -1,17 +1,24 @@
 """`tessera generate`: text from a model directory, in either half."""
 
 import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 
+from tessera_shared.cli.edge import remembered_interrupts
 from tessera_shared.errors import DataError
 from tessera_shared.half_loading import load_half_module
-from tessera_shared.numerics import numerics_for
+from tessera_shared.kernel_choice import check_kernels, tell_choice
+from tessera_shared.numerics import Numerics, numerics_for
 from tessera_shared.randomness import stream_key, uniforms
 from tessera_shared.spec import ModelSpec
+from tessera_shared.text_stream import stream_text
 from tessera_shared.tokens import Tokenizer
 from tessera_shared.validate import validate_generation
 from tessera_shared.validate_text import check_vocabulary
@@ -34,15 +41,18 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float32",
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json (default: the model's).")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    kernels: Annotated[
+        str | None, typer.Option(help="What the torch half computes with: triton, cuda, reference (default auto).")
+    ] = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on past an end-of-text token.")] = False,
     as_ids: Annotated[bool, typer.Option("--ids", help="Print a JSON object of token ids instead of text.")] = False,
 ) -> None:
-    """Print the prompt and what follows. The same seed gives the same tokens; in float64 in both halves."""
+    """Print the prompt and what follows, as it comes. The same seed gives the same tokens; in float64 in both halves."""
     _check_sampling(temperature, top_p, min_p)
     model = load_model(model_dir)
     codec = _tokenizer(model, tokenizer)
     prompt_ids = _prompt_ids(codec, prompt, model.spec)
-    new_ids = generated_ids(
+    stream = streamed_ids(
         model,
         prompt_ids,
         backend=backend,
@@ -54,16 +64,30 @@ def generate(
         seed=seed,
         dtype=dtype,
         device=device,
+        kernels=kernels,
     )
-    if not ignore_end:
-        new_ids = _until_end(new_ids, {*model.end_token_ids, model.spec.eos_token_id})
+    ends = set() if ignore_end else {*model.end_token_ids, model.spec.eos_token_id}
+    new_ids = takewhile(lambda token: token not in ends, stream)
     if as_ids:
-        typer.echo(json.dumps({"prompt_ids": prompt_ids, "new_ids": new_ids}))
+        typer.echo(json.dumps({"prompt_ids": prompt_ids, "new_ids": list(new_ids)}))
     else:
-        typer.echo(prompt + codec.decode(new_ids, keep_special=ignore_end))
+        _print_as_it_comes(prompt, stream_text(codec, new_ids, context=prompt_ids, keep_special=ignore_end))
 
 
-def generated_ids(
+def _print_as_it_comes(prompt: str, pieces: Iterator[str]) -> None:
+    """Print the prompt and each piece at once. Whatever ends it, Ctrl-C included, the line is ended first."""
+    with remembered_interrupts() as is_interrupted:
+        typer.echo(prompt, nl=False)
+        try:
+            for piece in pieces:
+                typer.echo(piece, nl=False)
+                if is_interrupted():
+                    raise KeyboardInterrupt
+        finally:
+            typer.echo()
+
+
+def streamed_ids(
     model: LoadedModel,
     prompt_ids: list[int],
     *,
@@ -76,9 +100,14 @@ def generated_ids(
     seed: int,
     dtype: str,
     device: str,
-) -> list[int]:
-    """Return the ids that a half generates. DataError where prompt and new tokens exceed the model's positions."""
+    kernels: str | None = "reference",
+) -> Iterator[int]:
+    """Return an iterator over the ids that a half generates, each when it is known.
+
+    Raises DataError, in the call itself, where prompt and new tokens exceed the model's positions.
+    """
     numerics = numerics_for(dtype)
+    check_kernels(kernels or "auto", backend=backend)
     shape = (1, num_tokens)  # checked before the framework is imported, which takes seconds
     validate_generation(
         (1, len(prompt_ids)), model.spec, num_tokens=num_tokens, uniforms_shape=shape, temperature=temperature
@@ -87,7 +116,8 @@ def generated_ids(
     process.prepare_process(numerics, device=device)
     kind = "float64" if dtype == "float64" else "float32"
     uniforms_BT = uniforms(stream_key(seed, SAMPLING_STREAM), 0, num_tokens, dtype=kind)[None]
-    ids_BT = decode.generate(
+    stream_tokens = _stream_tokens(decode, kernels, backend=backend, device=device, numerics=numerics, spec=model.spec)
+    stream = stream_tokens(
         params.params_from_numpy(model.arrays, dtype=numerics.compute, device=device),
         process.array_from_numpy(np.array([prompt_ids], dtype=np.int32), device=device),
         spec=model.spec,
@@ -99,7 +129,21 @@ def generated_ids(
         top_p=top_p,
         min_p=min_p,
     )
-    return [int(token) for token in process.array_to_numpy(ids_BT)[0]]
+    return (int(process.array_to_numpy(ids_B)[0]) for ids_B in stream)
+
+
+def _stream_tokens(
+    decode: ModuleType, kernels: str | None, *, backend: str, device: str, numerics: Numerics, spec: ModelSpec
+) -> Callable[..., Iterator[Any]]:
+    """Return the half's generator of tokens, or the one built of kernels; say once which was chosen and why."""
+    plain: Callable[..., Iterator[Any]] = decode.stream_tokens
+    if backend != "torch":
+        return plain
+    choice = load_half_module("torch", "kernels").choose(kernels or "auto", device=device, numerics=numerics, spec=spec)
+    tell_choice(choice.why, kernels, device=device, say=partial(typer.echo, err=True))
+    return (
+        plain if choice.ops is None else partial(load_half_module("torch", "fast.decode").stream_tokens, ops=choice.ops)
+    )
 
 
 def _tokenizer(model: LoadedModel, named: Path | None) -> Tokenizer:
@@ -124,10 +168,6 @@ def _prompt_ids(codec: Tokenizer, prompt: str, spec: ModelSpec) -> list[int]:
             "prompt = '': expected some text, because the first new token follows the last of the prompt; try --prompt"
         )
     return ids
-
-
-def _until_end(ids: list[int], ends: set[int | None]) -> list[int]:
-    return next((ids[:index] for index, token in enumerate(ids) if token in ends), ids)
 
 
 def _check_sampling(temperature: float, top_p: float, min_p: float) -> None:

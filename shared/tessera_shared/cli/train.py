@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from tessera_shared.cli.edge import Interrupted
 from tessera_shared.cli.entry import INTERRUPTED
 from tessera_shared.errors import FormatError, SpecError
 from tessera_shared.half_loading import check_half
+from tessera_shared.kernel_choice import check_kernels, tell_choice
 from tessera_shared.run_directory import (
     MODEL,
     TOKENIZER,
@@ -25,7 +27,17 @@ from tessera_shared.run_directory import (
     write_settings,
 )
 from tessera_shared.run_settings import RunSettings, check_settings, numerics_of
-from tessera_shared.training_run import Pace, TrainingRun, check_pinned, load_half, load_sources, pinned
+from tessera_shared.training_run import (
+    HalfModules,
+    Pace,
+    Sources,
+    TrainingRun,
+    check_pinned,
+    load_half,
+    load_sources,
+    pinned,
+    with_kernels,
+)
 
 _DEFAULTS = RunSettings()
 
@@ -82,6 +94,9 @@ def train(
     compiled: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile the step (default: JAX yes, torch no).")
     ] = None,
+    kernels: Annotated[
+        str | None, typer.Option(help="What the torch half computes with: triton, cuda, reference (default auto).")
+    ] = None,
     recompute: Annotated[bool, typer.Option("--recompute", help="Recompute activations to save memory.")] = False,
     evaluate_every: Annotated[int, typer.Option(min=0, help="Updates between held-out losses; 0: at the end.")] = 100,
     held_out_batches: Annotated[int, typer.Option(min=1, help="Batches of a held-out loss.")] = 16,
@@ -124,22 +139,22 @@ def train(
         save_every=save_every,
         stop_after=stop_after,
     )
-    return _resume(run_dir, given, backend, pace) if resume else _begin(run_dir, given, backend, pace)
+    check_kernels(kernels or "auto", backend=backend)
+    return _resume(run_dir, given, backend, pace, kernels) if resume else _begin(run_dir, given, backend, pace, kernels)
 
 
-def _begin(run_dir: Path, given: dict[str, Any], backend: str, pace: Pace) -> int:
+def _begin(run_dir: Path, given: dict[str, Any], backend: str, pace: Pace, kernels: str | None) -> int:
     _refuse_below_a_file(run_dir)
     refuse_existing_run(run_dir)
     settings = _new_settings(given)
     check_half(backend)  # importing it takes seconds, which a mistake in the sources should not cost
     sources = load_sources(settings)
     half = load_half(backend)
-    half.process.prepare_process(numerics_of(settings), device=pace.device)
+    half = _prepared(half, kernels, settings, sources, pace)
     pins = pinned(sources)
     create_run(run_dir, settings, pins, sources.tokenizer.text)
     with locked_run(run_dir), _told_how_to_go_on(run_dir, backend):
         _tell_corpus(pins["corpus"])
-        typer.echo("encoding the corpus")
         run = TrainingRun(run_dir, settings, pins, sources, half, pace, typer.echo)
         return _go(run, None)
 
@@ -153,7 +168,7 @@ def _refuse_below_a_file(run_dir: Path) -> None:
         )
 
 
-def _resume(run_dir: Path, given: dict[str, Any], backend: str, pace: Pace) -> int:
+def _resume(run_dir: Path, given: dict[str, Any], backend: str, pace: Pace, kernels: str | None) -> int:
     recorded, pins = read_settings(run_dir)
     check_half(backend)
     with locked_run(run_dir), _told_how_to_go_on(run_dir, backend):
@@ -163,13 +178,23 @@ def _resume(run_dir: Path, given: dict[str, Any], backend: str, pace: Pace) -> i
         sources = load_sources(settings, tokenizer_file=run_dir / TOKENIZER)
         check_pinned(pinned(sources), pins)
         half = load_half(backend)
-        half.process.prepare_process(numerics_of(settings), device=pace.device)
+        half = _prepared(half, kernels, settings, sources, pace)
         if settings != recorded:
             write_settings(run_dir, settings, pins)
             typer.echo(f"{recorded.steps} steps become {settings.steps}: the schedule is that of {settings.steps} now")
         typer.echo(f"going on after step {step} in {half.name}")
         run = TrainingRun(run_dir, settings, pins, sources, half, pace, typer.echo)
         return _go(run, saved)
+
+
+def _prepared(
+    half: HalfModules, kernels: str | None, settings: RunSettings, sources: Sources, pace: Pace
+) -> HalfModules:
+    """Return the half set up for the device, with the kernels that were chosen; say once which and why."""
+    half.process.prepare_process(numerics_of(settings), device=pace.device)
+    half, why = with_kernels(half, kernels or "auto", settings=settings, sources=sources, pace=pace)
+    tell_choice(why, kernels, device=pace.device, say=partial(typer.echo, err=True))
+    return half
 
 
 def _go(run: TrainingRun, saved: Any) -> int:

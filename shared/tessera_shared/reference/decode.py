@@ -1,5 +1,7 @@
 """Generation over the contiguous cache: prefill, then one token a step."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -26,6 +28,37 @@ def generate(
     min_p: float = 0.0,
 ) -> np.ndarray:
     """Return the `num_tokens` int32 tokens that follow prompts of equal length; token t uses `uniforms_BT[:, t]`."""
+    ids = list(
+        stream_tokens(
+            params,
+            prompt_ids_BT,
+            spec=spec,
+            numerics=numerics,
+            num_tokens=num_tokens,
+            uniforms_BT=uniforms_BT,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+        )
+    )
+    return np.stack(ids, axis=1) if ids else np.zeros((prompt_ids_BT.shape[0], 0), np.int32)
+
+
+def stream_tokens(
+    params: Params,
+    prompt_ids_BT: np.ndarray,
+    *,
+    spec: ModelSpec,
+    numerics: Numerics,
+    num_tokens: int,
+    uniforms_BT: np.ndarray | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Iterator[np.ndarray]:
+    """Return an iterator over the tokens that `generate` returns, int32 (B,) each, as soon as one is chosen."""
     validate_token_ids(prompt_ids_BT, spec)
     validate_generation(
         prompt_ids_BT.shape,
@@ -34,21 +67,9 @@ def generate(
         uniforms_shape=None if uniforms_BT is None else uniforms_BT.shape,
         temperature=temperature,
     )
-    rows, prompt = prompt_ids_BT.shape
-    uniforms_BT = np.zeros((rows, num_tokens)) if uniforms_BT is None else uniforms_BT
-    cache = empty_cache(params, spec=spec, numerics=numerics, batch=rows, capacity=prompt + num_tokens)
-    tokens_BT, positions_BT = prompt_ids_BT, np.tile(np.arange(prompt), (rows, 1))
-    out: list[np.ndarray] = []
-    for step in range(num_tokens):
-        logits_BTV, cache = forward_cached(
-            params, tokens_BT, cache, spec=spec, numerics=numerics, positions_BT=positions_BT
-        )
-        ids_B = sample(
-            logits_BTV[:, -1], uniforms_BT[:, step], temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-        )
-        out.append(ids_B)
-        tokens_BT, positions_BT = ids_B[:, None], np.full((rows, 1), prompt + step)
-    return np.stack(out, axis=1) if out else np.zeros((rows, 0), np.int32)
+    uniforms_BT = np.zeros((prompt_ids_BT.shape[0], num_tokens)) if uniforms_BT is None else uniforms_BT
+    choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    return _tokens(params, prompt_ids_BT, uniforms_BT, choose, spec=spec, numerics=numerics)
 
 
 def teacher_forced_logits(
@@ -71,3 +92,25 @@ def teacher_forced_logits(
         )
         parts.append(logits_BTV)
     return np.concatenate(parts, axis=1)
+
+
+def _tokens(
+    params: Params,
+    prompt_ids_BT: np.ndarray,
+    uniforms_BT: np.ndarray,
+    choose: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    *,
+    spec: ModelSpec,
+    numerics: Numerics,
+) -> Iterator[np.ndarray]:
+    rows, prompt = prompt_ids_BT.shape
+    capacity = prompt + uniforms_BT.shape[1]
+    cache = empty_cache(params, spec=spec, numerics=numerics, batch=rows, capacity=capacity)
+    tokens_BT, positions_BT = prompt_ids_BT, np.tile(np.arange(prompt), (rows, 1))
+    for step in range(uniforms_BT.shape[1]):
+        logits_BTV, cache = forward_cached(
+            params, tokens_BT, cache, spec=spec, numerics=numerics, positions_BT=positions_BT
+        )
+        ids_B = choose(logits_BTV[:, -1], uniforms_BT[:, step])
+        yield ids_B
+        tokens_BT, positions_BT = ids_B[:, None], np.full((rows, 1), prompt + step)

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def greedy(logits_BV: np.ndarray) -> np.ndarray:
-    """Return the likeliest token of each row, the lowest id on ties, as int32."""
+    """Return the likeliest token of each row, the lowest id on ties and the first NaN where there is one, as int32."""
     return np.asarray(np.argmax(logits_BV, axis=-1), np.int32)
 
 

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from tessera_shared.numerics import Numerics
 from tessera_shared.spec import ModelSpec
+from tessera_torch.fast.transformer import forward as fast_forward
+from tessera_torch.kernels import choose
 from tessera_torch.model.dtypes import dtype_of
 from tessera_torch.model.params import Params
 from tessera_torch.model.transformer import forward
@@ -18,8 +20,13 @@ class TesseraModel(nn.Module):
     `loss = cross_entropy(model(ids).flatten(0, 1), labels.flatten()); loss.backward(); optimizer.step()`.
     """
 
-    def __init__(self, spec: ModelSpec, numerics: Numerics, params: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, spec: ModelSpec, numerics: Numerics, params: Mapping[str, Tensor], *, kernels: str = "reference"
+    ) -> None:
+        """`kernels` is "reference" (the plain functions), "triton", "cuda" or "auto"; see `tessera_torch.kernels`."""
         super().__init__()
+        device = next(iter(params.values())).device.type
+        self.kernels = choose(kernels, device=device, numerics=numerics, spec=spec)
         self.spec = spec
         self.numerics = numerics
         for name, tensor in params.items():
@@ -35,7 +42,21 @@ class TesseraModel(nn.Module):
         segments_BT: Tensor | None = None,
         recompute: bool = False,
     ) -> Tensor:
-        """Return logits; see `tessera_torch.model.transformer.forward`."""
+        """Return logits; see `tessera_torch.model.transformer.forward`.
+
+        With kernels, documents packed into rows (`segments_BT`) wait for the device once, to see where they begin.
+        """
+        if self.kernels.ops is not None:
+            return fast_forward(
+                self.params(),
+                token_ids_BT,
+                spec=self.spec,
+                numerics=self.numerics,
+                ops=self.kernels.ops,
+                positions_BT=positions_BT,
+                segments_BT=segments_BT,
+                recompute=recompute,
+            )
         return forward(
             self.params(),
             token_ids_BT,

@@ -5,10 +5,11 @@ from torch import Tensor
 
 
 def greedy(logits_BV: Tensor) -> Tensor:
-    """Return the likeliest token of each row, the lowest id on ties, as int32."""
+    """Return the likeliest token of each row, the lowest id on ties and the first NaN where there is one, as int32."""
     best_B1 = logits_BV.amax(dim=-1, keepdim=True)  # argmax promises no order among ties; a first match among ids does
     ids_V = torch.arange(logits_BV.shape[-1], dtype=torch.int32, device=logits_BV.device)
-    return torch.where(logits_BV == best_B1, ids_V, logits_BV.shape[-1] - 1).amin(dim=-1).to(torch.int32)
+    is_best_BV = (logits_BV == best_B1) | logits_BV.isnan()
+    return torch.where(is_best_BV, ids_V, logits_BV.shape[-1] - 1).amin(dim=-1).to(torch.int32)
 
 
 def sample(
