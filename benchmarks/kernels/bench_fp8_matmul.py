@@ -1,0 +1,108 @@
+"""Does the E4M3 product reach torch._scaled_mm, by tensor, by row and by block, with either accumulation?
+
+    python benchmarks/kernels/run_all.py --only fp8_matmul        the table
+    python benchmarks/kernels/bench_fp8_matmul.py                 every configuration at every shape, best first
+
+Fast accumulation is held against the library's fast one, accurate against its accurate one.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import torch
+from harness import Row
+
+from tessera_kernels.fp8_scaling import BLOCK, SCALINGS, quantize_fp8
+from tessera_kernels.triton import fp8_matmul as kernel
+
+SHAPES = ((8192, 8192, 8192), (8192, 8192, 4096), (4096, 7168, 16384), (64, 8192, 8192))
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def rows() -> list[Row]:
+    """Return one row for each shape, scaling and accumulation."""
+    found = []
+    for count, outputs, width in harness.choose(SHAPES, ((70, 96, 256),)):
+        for scaling in SCALINGS:
+            given = _operands(count, outputs, width, scaling)
+            for accumulation in kernel.ACCUMULATIONS:
+                if scaling != "block" or accumulation == "accurate":
+                    found.append(_row(given, scaling, accumulation))
+    return found
+
+
+def _operands(count: int, outputs: int, width: int, scaling: str) -> Operands:
+    a = torch.randn(count, width, device=harness.device())
+    b = torch.randn(outputs, width, device=harness.device()) / width**0.5
+    codes_a, scale_a = quantize_fp8(a, scaling=scaling)
+    codes_b, scale_b = quantize_fp8(b, scaling=scaling, block_rows=BLOCK)
+    return codes_a, codes_b, scale_a, scale_b
+
+
+def _row(given: Operands, scaling: str, accumulation: str) -> Row:
+    a, b = given[:2]
+    ours = functools.partial(kernel.fp8_matmul, *given, scaling=scaling, accumulation=accumulation)
+    timing = harness.measure({"ours": ours} | harness.available(_peers(given, scaling, accumulation)))
+    is_goal = accumulation == "fast" and a.shape[0] >= 4096
+    return Row(
+        op="fp8_matmul",
+        shape=f"{scaling} {accumulation} X{a.shape[0]} F{b.shape[0]} D{a.shape[1]}",
+        ours=timing["ours"],
+        peers={peer: time for peer, time in timing.items() if peer != "ours"},
+        flops=2.0 * a.shape[0] * b.shape[0] * a.shape[1],
+        bytes_moved=float(a.numel() + b.numel() + 2 * a.shape[0] * b.shape[0]),
+        limit="fp8" if a.shape[0] > 64 else "copy",
+        must={"_scaled_mm": 0.95, "share": 0.62} if is_goal else {},
+        notes=f"{kernel.choose_config(a.shape[0], b.shape[0], a.shape[1], scaling, accumulation)}",
+    )
+
+
+def _peers(given: Operands, scaling: str, accumulation: str) -> dict[str, Callable[[], Any]]:
+    a, b, scale_a, scale_b = given
+    scales = {
+        "tensor": lambda: (scale_a, scale_b),
+        "row": lambda: (scale_a[:, None], scale_b[None, :]),
+        "block": lambda: (scale_a, scale_b.t()),
+    }[scaling]()
+    library = functools.partial(
+        torch._scaled_mm, a, b.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16,
+        use_fast_accum=accumulation == "fast",
+    )  # fmt: skip
+    wide_a, wide_b = a.to(torch.bfloat16), b.to(torch.bfloat16)
+    return {
+        "_scaled_mm": lambda: library,
+        "cuBLAS bf16": lambda: functools.partial(torch.nn.functional.linear, wide_a, wide_b),
+    }
+
+
+def sweep() -> None:
+    """Print the time of every configuration, best first, beside torch._scaled_mm."""
+    for count, outputs, width in harness.choose(SHAPES, ((70, 96, 256),)):
+        for scaling in SCALINGS:
+            given = _operands(count, outputs, width, scaling)
+            for accumulation in kernel.ACCUMULATIONS[: 1 if scaling == "block" else 2]:
+                functions = {
+                    _short(config): functools.partial(
+                        kernel.fp8_matmul, *given, scaling=scaling, accumulation=accumulation, config=config
+                    )
+                    for config in kernel.CONFIGS
+                }
+                functions["_scaled_mm"] = _peers(given, scaling, accumulation)["_scaled_mm"]()
+                timing = harness.measure(functions, samples=10)
+                line = "  ".join(
+                    f"{key} {2.0 * count * outputs * width / time.median_ms / 1e9:.0f}"
+                    for key, time in sorted(timing.items(), key=lambda item: item[1].median_ms)
+                )
+                print(f"{scaling} {accumulation} X{count} F{outputs} D{width}, TFLOP/s: {line}", flush=True)
+
+
+def _short(config: kernel.Config) -> str:
+    words = [f"{config.block_x}x{config.block_f}-w{config.num_warps}-st{config.num_stages}"]
+    words += [name for name in ("tma", "halves", "flatten") if getattr(config, name)]
+    return "-".join(words)
+
+
+if __name__ == "__main__":
+    sweep()

@@ -1,0 +1,210 @@
+"""Linear cross-entropy, forward and gradients of hidden states and head, beside Liger and CCE.
+
+    python benchmarks/kernels/run_all.py --only linear_cross_entropy
+    python benchmarks/kernels/bench_linear_cross_entropy.py --sweep     # cuts and row kernels, to choose defaults by
+
+"beyond the gradients" is the peak of one call less what was there before and less both gradients as returned. A bfloat16
+gradient that is summed in float32 needs that sum (4 bytes for each weight of the head) beside it; a leaf with
+`grad_dtype = torch.float32` takes the sum itself as its gradient, and nothing stands beside it.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import Function, Row, available, ceilings, choose, device, is_dry, measure, peak_memory, say
+
+ROWS, WIDTH, VOCAB = choose((8192, 2048, 128256), (6, 16, 130))
+GIB = 2**30
+
+
+def inputs(grad_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden states, head and labels: random, so that the products run at the rate of real data."""
+    torch.manual_seed(0)
+    hidden = torch.randn(ROWS, WIDTH, device=device(), dtype=torch.bfloat16, requires_grad=True)
+    head = (torch.randn(VOCAB, WIDTH, device=device()) / WIDTH**0.5).to(torch.bfloat16).requires_grad_()
+    if grad_dtype is not None:
+        head.grad_dtype = grad_dtype
+    return hidden, head, torch.randint(0, VOCAB, (ROWS,), device=device())
+
+
+def ours(hidden: Tensor, head: Tensor, labels: Tensor, **options: object) -> tuple[Tensor, ...]:
+    """Return both gradients of the mean loss."""
+    from tessera_kernels.triton.linear_cross_entropy import linear_cross_entropy
+
+    loss, num_tokens = linear_cross_entropy(hidden, head, labels, **options)
+    return torch.autograd.grad(loss / num_tokens, (hidden, head))
+
+
+def _liger(hidden: Tensor, head: Tensor, labels: Tensor) -> Function:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss_of = LigerFusedLinearCrossEntropyLoss()
+    return lambda: torch.autograd.grad(loss_of(head, hidden, labels), (hidden, head))
+
+
+def _cce(hidden: Tensor, head: Tensor, labels: Tensor) -> Function:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda: torch.autograd.grad(linear_cross_entropy(hidden, head, labels), (hidden, head))
+
+
+def beyond_gradients(function: Callable[[], tuple[Tensor, ...]]) -> float:
+    """Return the peak of one call less its results, in GiB; 0 in a dry run."""
+    results = function()
+    returned = sum(grad.numel() * grad.element_size() for grad in results)
+    del results
+    return max(0, peak_memory(function) - returned) / GIB
+
+
+def errors() -> dict[str, tuple[float, float]]:
+    """Return relative errors of loss and gradients near convergence, on few rows of the full width, against float64."""
+    from tessera_kernels.reference import linear_cross_entropy as plain
+    from tessera_kernels.triton.linear_cross_entropy import linear_cross_entropy
+
+    rows, vocab = choose((512, 16384), (4, 50))
+    torch.manual_seed(1)
+    hidden = torch.randn(rows, WIDTH, device=device()).bfloat16()
+    head = 0.02 * torch.randn(vocab, WIDTH, device=device())
+    labels = torch.randperm(vocab, device=device())[:rows]
+    head[labels] += hidden.float() * (14.0 / hidden.float().square().sum(-1, keepdim=True))
+    head = head.bfloat16()
+    found = []
+    for op, dtype in ((linear_cross_entropy, torch.bfloat16), (plain.linear_cross_entropy, torch.float64)):
+        x, w = hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_()
+        loss, count = op(x, w, labels)
+        found.append((loss.detach(), *torch.autograd.grad(loss / count, (x, w))))
+    seen = [float((a.double() - b).norm() / b.norm()) for a, b in zip(*found, strict=True)]
+    names = ("loss error near convergence", "gradient error, hidden", "gradient error, head")
+    return {name: (value, most) for name, value, most in zip(names, seen, (1e-6, 2.5e-3, 2.5e-3), strict=True)}
+
+
+def rows() -> list[Row]:
+    """Return one row for each way to sum the head's gradient, and one without logits."""
+    shape = f"fwd+bwd {ROWS} x {WIDTH} x {VOCAB} bfloat16"
+    work = float(ROWS) * WIDTH * VOCAB
+    given = inputs()
+    peers = available({"liger": partial(_liger, *given), "cce": partial(_cce, *given)})
+    calls = {
+        "head's gradient float32": partial(ours, *inputs(torch.float32)),
+        "head's gradient bfloat16, summed in float32": partial(ours, *given),
+        "head's gradient bfloat16, summed in bfloat16": partial(ours, *given, accumulate="head"),
+        "no logits": partial(ours, *given, mode="no_logits"),
+    }
+    if is_dry():
+        calls = dict(list(calls.items())[:2])
+    result = []
+    for name, call in calls.items():
+        timings = measure({"ours": call, **peers}, samples=30, graph=False)
+        tiled = name == "no logits"
+        at_most = {"GiB beyond the gradients": (beyond_gradients(call), 0.0625 if tiled else 0.6)}
+        if name.endswith("summed in float32"):
+            at_most = {
+                "GiB beyond the gradients": (at_most["GiB beyond the gradients"][0], 0.6 + 4 * VOCAB * WIDTH / GIB)
+            }
+        result.append(
+            Row(
+                op="linear_cross_entropy",
+                shape=f"{shape}, {name}",
+                ours=timings.pop("ours"),
+                peers=timings,
+                flops=(8.0 if tiled else 6.0) * work,
+                limit="cublas",
+                must={"share": 0.8} if tiled else {"liger": 1.35, "share": 0.8},
+                at_most=at_most | ({} if result else errors()),
+                notes=f"{8 if tiled else 6} X D V operations",
+            )
+        )
+    return result
+
+
+def cuts() -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield names and options: chunk sizes first, then row kernels."""
+    from tessera_kernels.triton.linear_cross_entropy import CONFIGS, LossConfig
+
+    yield "default", {}
+    yield "default, head", {"accumulate": "head"}
+    for rows_, logit_rows in ((1024, 256), (1024, 1024), (1664, 256), (1664, 416), (2048, 256), (2048, 512), (2048, 2048),
+                              (4096, 512)):  # fmt: skip
+        for splits in (1, 2, 4) if rows_ < 2048 else (1, 2):
+            yield (
+                f"rows {rows_} logits {logit_rows} splits {splits}",
+                {
+                    "config": LossConfig(
+                        rows=rows_, logit_rows=logit_rows, hidden_splits=splits, block=8192, num_warps=16, stages=1
+                    ),
+                    "chunk_bytes": 2**34,
+                },
+            )
+    for config in CONFIGS:
+        yield str(config), {"config": config}
+    for megabytes in (64, 128, 256):
+        yield f"no logits {megabytes} MiB", {"mode": "no_logits", "chunk_bytes": megabytes * 2**20}
+
+
+def parts() -> Iterator[tuple[str, Function, float]]:
+    """Yield the pieces that the time is made of: each product of one chunk and the row kernel, with their operations."""
+    from tessera_kernels.triton._linear_loss import add_product, padded_columns, product
+    from tessera_kernels.triton.linear_cross_entropy import CONFIGS, _row_kernel
+
+    hidden, head, labels = inputs()
+    hidden, head = hidden.detach(), head.detach()
+    padded = padded_columns(VOCAB)
+    total = {d: torch.zeros(VOCAB, WIDTH, device=device(), dtype=d) for d in (torch.float32, torch.bfloat16)}
+    for count in (256, 512, 1024, 1664, 2048):
+        logits = torch.empty(count, padded, device=device(), dtype=torch.float32)
+        slopes = 1e-3 * torch.randn(count, padded, device=device(), dtype=torch.bfloat16)
+        out = torch.empty(count, WIDTH, device=device(), dtype=torch.float32)
+        flops, few = 2.0 * count * VOCAB * WIDTH, hidden[:count]
+        yield f"logits float32 {count}", partial(product, few, head.T, logits[:, :VOCAB]), flops
+        yield f"d hidden {count}", partial(product, slopes[:, :VOCAB], head, out), flops
+        for dtype, into in total.items():
+            yield f"d head += {count} {dtype}", partial(add_product, into, slopes[:, :VOCAB].T, few), flops
+        yield f"d head first {count}", partial(product, slopes[:, :VOCAB].T, few, total[torch.float32]), flops
+    losses, one = torch.empty(ROWS, device=device()), torch.ones((), device=device())
+    product(few, head.T, logits[:, :VOCAB])
+    for config in CONFIGS:
+        call = partial(
+            _row_kernel[(256,)], logits, slopes, labels, losses, one, VOCAB, padded, -100, 0.0, 0.0, CAPPED=False,
+            WRITE=True, BLOCK=config.block, STAGES=config.stages, num_warps=config.num_warps,
+        )  # fmt: skip
+        yield f"row kernel, 256 rows, {config.block}/{config.num_warps}/{config.stages}", call, 256.0 * VOCAB * 6
+
+
+def sweep() -> None:
+    """Print time and memory of every cut, then of the parts."""
+    limits = ceilings()
+    print({name: round(value) for name, value in limits.items()})
+    given = inputs(torch.float32)
+    for name, options in cuts():
+        if is_dry() and "rows" in name:
+            continue
+        call = partial(ours, *(inputs() if options.get("accumulate") or options.get("mode") else given), **options)
+        timing = measure({"ours": call}, samples=10, graph=False)["ours"]
+        rate = 6.0 * ROWS * WIDTH * VOCAB / timing.median_ms / 1e9
+        print(
+            f"{name:48s} {timing.median_ms:7.2f} ms  {rate:6.0f} TFLOP/s  {rate / limits['cublas']:.2f} of cuBLAS  "
+            f"{beyond_gradients(call):.3f} GiB beyond the gradients",
+            flush=True,
+        )
+    if is_dry():
+        return
+    for name, call, work in parts():
+        timing = measure({"ours": call}, samples=10)["ours"]
+        what = "GB/s of 6 bytes an id" if name.startswith("row") else "TFLOP/s"
+        rate = work / timing.median_ms / (1e6 if name.startswith("row") else 1e9)
+        print(f"{name:48s} {timing.median_ms * 1e3:9.1f} us  {rate:6.0f} {what}", flush=True)
+
+
+if __name__ == "__main__":
+    if "--sweep" in sys.argv:
+        sweep()
+    else:
+        for row in rows():
+            say(f"{row.shape}: {row.ours.median_ms:.2f} ms; " + "; ".join(text for text, _ in row.verdicts(ceilings())))

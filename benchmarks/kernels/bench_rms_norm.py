@@ -1,0 +1,115 @@
+"""RMSNorm forward and backward, alone and after a residual add, beside Liger, torch and torch.compile.
+
+Backwards are timed through each side's backward function, not autograd: autograd runs on the forward's stream and cannot
+be captured apart from it.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from harness import Function, Row, available, choose, device, measure
+from torch import Tensor
+from torch.nn import functional
+
+from tessera_kernels.triton import rms_norm as ours
+
+EPS = 1e-6
+SHAPES = ((16384, 4096), (32768, 2048), (4096, 16384))
+Makers = Mapping[str, Callable[[], Function]]
+
+
+def rows() -> list[Row]:
+    found = []
+    for x_rows, width in choose(SHAPES, ((5, 64),)):
+        x, residual, dy, dtotal = (torch.randn(x_rows, width, device=device(), dtype=torch.bfloat16) for _ in range(4))
+        gain = torch.randn(width, device=device(), dtype=torch.bfloat16)
+        for name, bytes_each, must, function, makers in (
+            _forward(x, gain),
+            _backward(x, gain, dy),
+            _add_forward(x, residual, gain),
+            _add_backward(x, gain, dy, dtotal),
+        ):
+            times = measure({"ours": function, **available(makers)})
+            peers = {peer: timing for peer, timing in times.items() if peer != "ours"}
+            found.append(
+                Row(
+                    op="rms_norm", shape=f"{name} {x_rows}x{width} bfloat16", ours=times["ours"], peers=peers,
+                    bytes_moved=float(bytes_each * x.numel()), must=must,
+                )
+            )  # fmt: skip
+    return found
+
+
+Part = tuple[str, int, dict[str, float], Function, Makers]
+
+
+def _forward(x: Tensor, gain: Tensor) -> Part:
+    def liger() -> Function:
+        from liger_kernel.ops.rms_norm import rms_norm_forward
+
+        return lambda: rms_norm_forward(x, gain, EPS, 0.0, "llama", None)
+
+    def plain() -> Tensor:
+        return functional.rms_norm(x, (x.shape[-1],), gain, EPS)
+
+    makers = {"liger": liger, "torch": lambda: plain, "compiled": lambda: torch.compile(plain)}
+    return (
+        "forward",
+        4,
+        {"liger": 0.98, "share": 0.93},
+        lambda: ours._run_forward(x, None, gain, EPS, False, []),
+        makers,
+    )
+
+
+def _backward(x: Tensor, gain: Tensor, dy: Tensor) -> Part:
+    rstd = ours._run_forward(x, None, gain, EPS, False, [])[2]
+
+    def liger() -> Function:
+        from liger_kernel.ops.rms_norm import rms_norm_backward, rms_norm_forward
+
+        _, saved, scale, block, warps, mode = rms_norm_forward(x, gain, EPS, 0.0, "llama", None)
+        return lambda: rms_norm_backward(dy, saved, gain, scale, 0.0, mode, block, warps, False, None)
+
+    def plain() -> Function:
+        _, scale = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], gain, EPS)
+        return lambda: torch.ops.aten._fused_rms_norm_backward(dy, x, [x.shape[-1]], scale, gain, [True, True])
+
+    def function() -> object:
+        return ours._run_backward(dy, x, gain, rstd, None, False, [])
+
+    return "backward", 6, {"liger": 1.8, "torch": 1.5, "share": 0.8}, function, {"liger": liger, "torch": plain}
+
+
+def _add_forward(x: Tensor, residual: Tensor, gain: Tensor) -> Part:
+    def liger() -> Function:
+        from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
+
+        return lambda: fused_add_rms_norm_forward(x, residual, gain, EPS, 0.0, "llama")
+
+    def plain() -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return functional.rms_norm(total, (x.shape[-1],), gain, EPS), total
+
+    makers = {"liger": liger, "compiled": lambda: torch.compile(plain)}
+    must = {"liger": 0.98, "share": 0.93}
+    return "add forward", 8, must, lambda: ours._run_forward(x, residual, gain, EPS, False, []), makers
+
+
+def _add_backward(x: Tensor, gain: Tensor, dy: Tensor, dtotal: Tensor) -> Part:
+    rstd = ours._run_forward(x, None, gain, EPS, False, [])[2]
+
+    def liger() -> Function:
+        from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_backward, fused_add_rms_norm_forward
+
+        _, total, scale, block, warps, stages, mode = fused_add_rms_norm_forward(
+            x, torch.zeros_like(x), gain, EPS, 0.0, "llama"
+        )
+        return lambda: fused_add_rms_norm_backward(
+            dy, dtotal, total, gain, scale, 0.0, mode, block, warps, stages, False
+        )
+
+    def function() -> object:
+        return ours._run_backward(dy, x, gain, rstd, dtotal, False, [])
+
+    return "add backward", 8, {"share": 0.8}, function, {"liger": liger}

@@ -1,0 +1,321 @@
+"""Row kernels of the linear distillation loss: online sums over both models' logits, then loss and slopes.
+
+A row is walked two times, or three when the slopes need a sum that needs both normalizers (skew, JSD):
+
+    forward   s, t -> maxima, sum e^u, sum (e^v - e^u), [sum e^u x], cross-entropy sums      u, v = (s, t - maximum) / tau
+    backward  s, t -> sum q F(r), sum q G(r)                                                 only for three walks
+    last      s, t -> slopes, and sum q F(r) when there are two walks                        r = log p - log q
+
+log p - log q is x - log(sum e^v / sum e^u), with x = ((t - s) - (difference of the maxima)) / tau. Near convergence both
+parts come from small numbers: t - s is exact, and the quotient of the sums is 1 + sum (e^v - e^u) / sum e^u, where each
+difference is e^u (e^x - 1). F and G: `_divergence_series`.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+import triton
+import triton.language as tl
+
+from tessera_kernels.triton._row_math import LOWEST, expm1, label_loss, log1p, write_zeros
+
+FORWARD = tl.constexpr(0)
+REVERSE = tl.constexpr(1)
+SKEW = tl.constexpr(2)
+SKEW_REVERSE = tl.constexpr(3)
+SERIES_BELOW = tl.constexpr(0.5)
+THREE_WALKS = tl.constexpr(2)
+"""Divergences from this number on walk a row three times."""
+
+
+@triton.jit
+def _logits(row, columns, width, padded, fill):
+    """Load float32 logits; the row's padding, which nobody wrote, reads as `fill`."""
+    return tl.where(columns < width, tl.load(row + columns, mask=columns < padded, other=0.0), fill)
+
+
+@triton.jit
+def _power_difference(u, v, x):
+    """e^v - e^u, given x = v - u."""
+    e = tl.exp(u)
+    return tl.where(tl.abs(x) < SERIES_BELOW, e * expm1(tl.where(tl.abs(x) < SERIES_BELOW, x, 0.0)), tl.exp(v) - e), e
+
+
+@triton.jit
+def row_sums(
+    student, teacher, first_id, width, padded, label, s_top, t_top, mass, moved, mean, rest, label_logit, inv_tau,
+    KIND: tl.constexpr, HARD: tl.constexpr, COLD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Carry a row's sums over one more stretch of the vocabulary.
+
+    mass = sum e^u, moved = sum (e^v - e^u), mean = sum e^u x (reverse KL), rest = sum of e^(s - maximum) without the label
+    (HARD; COLD = the temperature is not one).
+    """
+    lanes = tl.arange(0, BLOCK)
+    first = lanes == 0
+    masses, moves = tl.where(first, mass, 0.0), tl.where(first, moved, 0.0)
+    means, rests = tl.where(first, mean, 0.0), tl.where(first, rest, 0.0)
+    for start in tl.range(0, width, BLOCK, num_stages=STAGES):
+        columns = start + lanes
+        inside = columns < width
+        s = _logits(student, columns, width, padded, LOWEST)
+        t = _logits(teacher, columns, width, padded, LOWEST)
+        s_new, t_new = tl.maximum(s_top, tl.max(s, 0)), tl.maximum(t_top, tl.max(t, 0))
+        s_fall, t_fall = tl.exp((s_top - s_new) * inv_tau), tl.exp((t_top - t_new) * inv_tau)
+        turn = ((t_top - t_new) - (s_top - s_new)) * inv_tau
+        small = tl.abs(turn) < SERIES_BELOW
+        change = tl.where(small, s_fall * expm1(tl.where(small, turn, 0.0)), t_fall - s_fall)
+        moves = t_fall * moves + change * masses
+        if KIND == REVERSE:
+            means = s_fall * (means + tl.where(masses == 0.0, 0.0, turn * masses))
+        if HARD:
+            cold_fall = tl.exp(s_top - s_new) if COLD else s_fall
+        u, v = tl.where(inside, (s - s_new) * inv_tau, 0.0), tl.where(inside, (t - t_new) * inv_tau, 0.0)
+        x = tl.where(inside, ((t - s) - (t_new - s_new)) * inv_tau, 0.0)
+        difference, e = _power_difference(u, v, x)
+        moves += tl.where(inside, difference, 0.0)
+        masses = s_fall * masses + tl.where(inside, e, 0.0)
+        if KIND == REVERSE:
+            means += tl.where(inside, e * x, 0.0)
+        if HARD:
+            cold = tl.exp(tl.where(inside, s - s_new, 0.0)) if COLD else e
+            rests = cold_fall * rests + tl.where((first_id + columns == label) | (columns >= width), 0.0, cold)
+        s_top, t_top = s_new, t_new
+    if HARD:
+        here = (label >= first_id) & (label < first_id + width)
+        label_logit = tl.where(here, tl.load(student + label - first_id, mask=here, other=0.0), label_logit)
+    return s_top, t_top, tl.sum(masses, 0), tl.sum(moves, 0), tl.sum(means, 0), tl.sum(rests, 0), label_logit
+
+
+@triton.jit
+def log_ratio_of_sums(mass, moved):
+    """log(sum e^v / sum e^u) from sum e^u and the sum of the differences."""
+    change = moved / mass
+    near = change > -0.5
+    return tl.where(near, log1p(tl.where(near, change, 0.0)), tl.log(mass + moved) - tl.log(mass))
+
+
+@triton.jit
+def _log_mixture(r, weight):
+    """log(1 - w + w e^r) for |r| away from 0: the larger power is taken out."""
+    e = tl.exp(-tl.abs(r))
+    return tl.where(r > 0.0, r + tl.log(weight + (1.0 - weight) * e), tl.log(1.0 - weight + weight * e))
+
+
+@triton.jit
+def _term_and_slope(
+    p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND: tl.constexpr
+):
+    """Return q F(r) and q G(r) of each id."""
+    near = tl.abs(r) < SERIES_BELOW
+    y = tl.where(near, r, 0.0)
+    f = f2 + y * (f3 + y * (f4 + y * (f5 + y * (f6 + y * (f7 + y * (f8 + y * f9))))))
+    g = g1 + y * (g2 + y * (g3 + y * (g4 + y * (g5 + y * (g6 + y * (g7 + y * g8))))))
+    if KIND == FORWARD:
+        term, slope = p * r - p + q, q - p
+    elif KIND == REVERSE:
+        term, slope = p - q - q * r, -q * r
+    elif KIND == SKEW:
+        ratio = r - _log_mixture(r, weight)
+        term, slope = p * ratio - (1.0 - weight) * (p - q), (weight - 1.0) * q * (tl.exp(ratio) - 1.0)
+    elif KIND == SKEW_REVERSE:
+        ratio = -_log_mixture(r, 1.0 - weight)
+        term, slope = q * ratio + (1.0 - weight) * (p - q), q * (ratio - weight * (tl.exp(ratio) - 1.0))
+    else:
+        mixture = _log_mixture(r, weight)
+        term, slope = weight * p * (r - mixture) - (1.0 - weight) * q * mixture, (weight - 1.0) * q * mixture
+    return tl.where(near, q * (y * y * f), term), tl.where(near, q * (y * g), slope)
+
+
+@triton.jit
+def _probabilities(s, t, s_top, t_top, mass, moved, shift, inv_tau):
+    """Return teacher p, student q, and r = log p - log q."""
+    p = tl.exp((t - t_top) * inv_tau) / (mass + moved)
+    q = tl.exp((s - s_top) * inv_tau) / mass
+    return p, q, ((t - s) - (t_top - s_top)) * inv_tau - shift
+
+
+@triton.jit
+def slope_sums(
+    student, teacher, width, padded, s_top, t_top, mass, moved, inv_tau, weight,
+    f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Walk a row backward; return sum q F(r) and sum q G(r)."""
+    shift = log_ratio_of_sums(mass, moved)
+    terms, slopes = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    steps = (width + BLOCK - 1) // BLOCK
+    for step in tl.range(0, steps, num_stages=STAGES):
+        columns = (steps - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+        s = _logits(student, columns, width, padded, s_top)
+        t = _logits(teacher, columns, width, padded, t_top)
+        p, q, r = _probabilities(s, t, s_top, t_top, mass, moved, shift, inv_tau)
+        term, slope = _term_and_slope(
+            p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND
+        )
+        terms += tl.where(columns < width, term, 0.0)
+        slopes += tl.where(columns < width, slope, 0.0)
+    return tl.sum(terms, 0), tl.sum(slopes, 0)
+
+
+@triton.jit
+def last_walk(
+    student, teacher, slopes, first_id, width, padded, label, s_top, t_top, mass, moved, rest, label_logit,
+    slope_sum, soft_scale, hard_scale, z_loss, inv_tau, weight,
+    f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
+    KIND: tl.constexpr, HARD: tl.constexpr, WRITE: tl.constexpr, BACKWARD: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Walk a stretch of a row, backward when BACKWARD; write its slopes when WRITE; return its sum q F(r).
+
+    slopes = soft_scale (q G - q slope_sum) + hard_scale (softmax(s) - onehot, with the z-loss).
+    """
+    shift = log_ratio_of_sums(mass, moved)
+    terms = tl.zeros((BLOCK,), tl.float32)
+    _, total = label_loss(s_top, rest, label_logit)
+    hard_factor = hard_scale * (1.0 + 2.0 * z_loss * (s_top + tl.log(total)))
+    steps = (padded + BLOCK - 1) // BLOCK
+    for step in tl.range(0, steps, num_stages=STAGES):
+        start = ((steps - 1 - step) if BACKWARD else step) * BLOCK
+        columns = start + tl.arange(0, BLOCK)
+        s = _logits(student, columns, width, padded, s_top)
+        t = _logits(teacher, columns, width, padded, t_top)
+        p, q, r = _probabilities(s, t, s_top, t_top, mass, moved, shift, inv_tau)
+        term, slope = _term_and_slope(
+            p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND
+        )
+        terms += tl.where(columns < width, term, 0.0)
+        if WRITE:
+            slope = soft_scale * (slope - q * slope_sum)
+            if HARD:
+                hard = tl.exp(s - s_top) / total
+                wrong = -rest / total * hard_scale + hard * (hard_factor - hard_scale)
+                slope += tl.where(first_id + columns == label, wrong, hard * hard_factor)
+            slope = tl.where(columns < width, slope, 0.0).to(slopes.dtype.element_ty)
+            tl.store(slopes + columns, slope, mask=columns < padded)
+    return tl.sum(terms, 0)
+
+
+@triton.jit
+def mixed_loss(divergence, soft_weight, label_weight, z_loss, top, rest, label_logit, label, vocab, HARD: tl.constexpr):
+    """Return soft_weight D + label_weight CE; NaN when a label that is used is no id."""
+    loss = soft_weight * divergence
+    if HARD:
+        hard, total = label_loss(top, rest, label_logit)
+        normalizer = top + tl.log(total)
+        loss += label_weight * (hard + z_loss * normalizer * normalizer)
+        loss = tl.where((label >= 0) & (label < vocab), loss, float("nan"))
+    return loss
+
+
+@triton.jit
+def _slope_sum_of_kl(mass, moved, mean, KIND: tl.constexpr):
+    """sum q G(r) from the online sums: 0 for forward KL, -sum q r for reverse KL."""
+    if KIND == REVERSE:
+        return log_ratio_of_sums(mass, moved) - mean / mass
+    return mass * 0.0
+
+
+@triton.jit
+def row_kernel(
+    student, teacher, slopes, labels, losses, unit, vocab, padded,
+    ignore_index, inv_tau, weight, soft_weight, label_weight, z_loss,
+    f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
+    KIND: tl.constexpr, HARD: tl.constexpr, COLD: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One row of both models: its loss and, with WRITE, the student's slopes."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    s, t, dz = student + row * padded, teacher + row * padded, slopes + row * padded
+    if label == ignore_index:
+        tl.store(losses + row, 0.0)
+        if WRITE:
+            write_zeros(dz, padded, BLOCK)
+    else:
+        zero = tl.full((), 0.0, tl.float32)
+        s_top, t_top, mass, moved, mean, rest, found = row_sums(
+            s, t, 0, vocab, padded, label, zero + LOWEST, zero + LOWEST, zero, zero, zero, zero, zero, inv_tau,
+            KIND, HARD, COLD, BLOCK, STAGES,
+        )  # fmt: skip
+        slope_sum = _slope_sum_of_kl(mass, moved, mean, KIND)
+        divergence = zero
+        if KIND >= THREE_WALKS:
+            divergence, slope_sum = slope_sums(
+                s, t, vocab, padded, s_top, t_top, mass, moved, inv_tau, weight,
+                f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND, BLOCK, STAGES,
+            )  # fmt: skip
+        if WRITE or KIND < THREE_WALKS:
+            known = (not HARD) | ((label >= 0) & (label < vocab))
+            scale = tl.where(known, tl.load(unit), float("nan"))
+            last = last_walk(
+                s, t, dz, 0, vocab, padded, label, s_top, t_top, mass, moved, rest, found, slope_sum,
+                scale * soft_weight * inv_tau, scale * label_weight, z_loss, inv_tau, weight,
+                f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
+                KIND, HARD, WRITE, KIND < THREE_WALKS, BLOCK, STAGES,
+            )  # fmt: skip
+            if KIND < THREE_WALKS:
+                divergence = last
+        loss = mixed_loss(divergence, soft_weight, label_weight, z_loss, s_top, rest, found, label, vocab, HARD)
+        tl.store(losses + row, loss)
+
+
+@triton.jit
+def tile_sums(
+    student, teacher, labels, state, first_id, width, padded, num_rows, inv_tau,
+    KIND: tl.constexpr, HARD: tl.constexpr, COLD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Carry one row's sums over one tile of the vocabulary; the first tile starts them."""
+    row = tl.program_id(0).to(tl.int64)
+    begun = first_id > 0
+    place = state + row
+    s_top, t_top = tl.load(place, mask=begun, other=LOWEST), tl.load(place + num_rows, mask=begun, other=LOWEST)
+    mass = tl.load(place + 2 * num_rows, mask=begun, other=0.0)
+    moved = tl.load(place + 3 * num_rows, mask=begun, other=0.0)
+    mean = tl.load(place + 4 * num_rows, mask=begun, other=0.0)
+    rest = tl.load(place + 5 * num_rows, mask=begun, other=0.0)
+    found = tl.load(place + 6 * num_rows, mask=begun, other=0.0)
+    s_top, t_top, mass, moved, mean, rest, found = row_sums(
+        student + row * padded, teacher + row * padded, first_id, width, padded, tl.load(labels + row), s_top, t_top,
+        mass, moved, mean, rest, found, inv_tau, KIND, HARD, COLD, BLOCK, STAGES,
+    )  # fmt: skip
+    tl.store(place, s_top)
+    tl.store(place + num_rows, t_top)
+    tl.store(place + 2 * num_rows, mass)
+    tl.store(place + 3 * num_rows, moved)
+    tl.store(place + 4 * num_rows, mean)
+    tl.store(place + 5 * num_rows, rest)
+    tl.store(place + 6 * num_rows, found)
+
+
+@triton.jit
+def tile_slopes(
+    student, teacher, slopes, labels, losses, state, unit, first_id, width, padded, vocab, num_rows,
+    ignore_index, inv_tau, weight, soft_weight, label_weight, z_loss,
+    f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
+    KIND: tl.constexpr, HARD: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One row's share of the loss and its slopes in one tile of the vocabulary, from the finished sums."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    dz, place = slopes + row * padded, state + row
+    loss = tl.load(losses + row, mask=first_id > 0, other=0.0)
+    if label == ignore_index:
+        if WRITE:
+            write_zeros(dz, padded, BLOCK)
+    else:
+        s_top, t_top = tl.load(place), tl.load(place + num_rows)
+        mass, moved, mean = (
+            tl.load(place + 2 * num_rows), tl.load(place + 3 * num_rows), tl.load(place + 4 * num_rows)
+        )  # fmt: skip
+        rest, found = tl.load(place + 5 * num_rows), tl.load(place + 6 * num_rows)
+        known = (not HARD) | ((label >= 0) & (label < vocab))
+        scale = tl.where(known, tl.load(unit), float("nan"))
+        divergence = last_walk(
+            student + row * padded, teacher + row * padded, dz, first_id, width, padded, label, s_top, t_top, mass,
+            moved, rest, found, _slope_sum_of_kl(mass, moved, mean, KIND), scale * soft_weight * inv_tau,
+            scale * label_weight, z_loss, inv_tau, weight,
+            f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND, HARD, WRITE, False, BLOCK, STAGES,
+        )  # fmt: skip
+        share = mixed_loss(divergence, soft_weight, label_weight, z_loss, s_top, rest, found, label, vocab, HARD)
+        loss += share if first_id == 0 else soft_weight * divergence
+    tl.store(losses + row, loss)

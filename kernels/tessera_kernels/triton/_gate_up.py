@@ -1,0 +1,158 @@
+"""Gate-up GEMM with SwiGLU in its epilogue: act = silu(x gate^T) * (x up^T), two products of one x tile.
+
+          F ->                        HBM        x, gate and up tiles by TMA where rows are 16-byte aligned, by pointers
+       +------+------+                           elsewhere; act written once (gate and up too when a gradient is wanted)
+     X | tile | tile |  BLOCK_X x     shared     STAGES tiles of x, gate and up, BLOCK_D deep
+       +------+------+  BLOCK_F       registers  two float32 accumulators, BLOCK_X x BLOCK_F each: together the shape of
+       | tile | tile |                           one 128 x 256 tile
+       +------+------+                tiles go in columns of GROUP row blocks, so that weights stay in L2
+
+Reference: `tessera_kernels.reference.swiglu.gate_up_swiglu`. Products round to the working dtype before the activation.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# ruff: noqa: ARG001 - a fake takes what its op takes
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tessera_kernels.checks import is_interpreting
+from tessera_kernels.triton._launch import SHARED_BYTES, graph_op, num_programs, on_device, read, write
+from tessera_shared.errors import KernelError
+
+
+class GateUpConfig(NamedTuple):
+    """One tiling. Integers only: it travels through a custom op's schema."""
+
+    block_x: int
+    block_f: int  # of gate and of up, each
+    block_d: int
+    num_warps: int
+    stages: int
+    group: int  # row blocks that share a column of weights before the next column
+    persistent: int  # 1 = one program a multiprocessor, tiles in a loop
+    tma: int  # 1 = tiles by TMA descriptors, where alignment allows
+
+
+CONFIGS: tuple[GateUpConfig, ...] = (
+    GateUpConfig(128, 128, 64, 8, 4, 8, 1, 1),
+    GateUpConfig(128, 128, 64, 8, 3, 8, 1, 1),
+    GateUpConfig(128, 128, 64, 8, 4, 8, 0, 1),
+    GateUpConfig(128, 128, 64, 8, 3, 16, 0, 1),
+    GateUpConfig(128, 128, 64, 8, 3, 8, 0, 0),
+    GateUpConfig(256, 64, 64, 8, 3, 8, 0, 1),
+    GateUpConfig(128, 64, 64, 4, 3, 8, 0, 1),
+    GateUpConfig(64, 64, 64, 4, 4, 8, 0, 1),
+    GateUpConfig(64, 32, 32, 4, 3, 4, 0, 0),
+)
+"""Every configuration that the GPU lane runs and the sweep times; `choose_config` picks."""
+
+
+def choose_config(rows: int, itemsize: int, aligned: bool) -> GateUpConfig:
+    """Return the tiling for `rows` rows of x; `aligned` says whether TMA can read all operands."""
+    if itemsize == 4 or not aligned:
+        return GateUpConfig(64, 32, 32, 4, 3, 4, 0, 0)
+    return GateUpConfig(128, 128, 64, 8, 3, 8, 1, 1) if rows > 64 else GateUpConfig(64, 64, 64, 4, 4, 8, 0, 1)
+
+
+@triton.jit
+def _tile(matrix, stride, row, column, num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+          TMA: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    if TMA:
+        tile = matrix.load([row, column])
+    else:
+        rows, columns = row + tl.arange(0, BLOCK_R), column + tl.arange(0, BLOCK_C)
+        inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+        tile = read(matrix + rows[:, None].to(tl.int64) * stride + columns[None, :], inside, MASKED)
+    return tile
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _gate_up_kernel(
+    x, gate_weight, up_weight, act, gate_out, up_out, x_stride, gate_stride, up_stride, num_rows, F, D,
+    BLOCK_X: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+    EVEN: tl.constexpr, KEPT: tl.constexpr, EXACT: tl.constexpr, LIFT: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = act.dtype.element_ty
+    blocks_x, blocks_f = tl.cdiv(num_rows, BLOCK_X), tl.cdiv(F, BLOCK_F)
+    for tile in tl.range(tl.program_id(0), blocks_x * blocks_f, tl.num_programs(0)):
+        group_size = GROUP * blocks_f
+        first = (tile // group_size) * GROUP
+        height = tl.minimum(blocks_x - first, GROUP)
+        row = (first + tile % group_size % height) * BLOCK_X
+        column = (tile % group_size // height) * BLOCK_F
+        gate_acc = tl.zeros([BLOCK_X, BLOCK_F], tl.float32)
+        up_acc = tl.zeros([BLOCK_X, BLOCK_F], tl.float32)
+        for start in tl.range(0, D, BLOCK_D):
+            a = _tile(x, x_stride, row, start, num_rows, D, BLOCK_X, BLOCK_D, TMA, not EVEN)
+            b = _tile(gate_weight, gate_stride, column, start, F, D, BLOCK_F, BLOCK_D, TMA, not EVEN)
+            c = _tile(up_weight, up_stride, column, start, F, D, BLOCK_F, BLOCK_D, TMA, not EVEN)
+            if LIFT:  # the interpreter multiplies bfloat16 as integers
+                a, b, c = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32)
+            if EXACT:
+                gate_acc = tl.dot(a, tl.trans(b), gate_acc, input_precision="ieee")
+                up_acc = tl.dot(a, tl.trans(c), up_acc, input_precision="ieee")
+            else:
+                gate_acc = tl.dot(a, tl.trans(b), gate_acc)
+                up_acc = tl.dot(a, tl.trans(c), up_acc)
+        rows, columns = row + tl.arange(0, BLOCK_X), column + tl.arange(0, BLOCK_F)
+        inside = (rows < num_rows)[:, None] & (columns < F)[None, :]
+        place = rows[:, None].to(tl.int64) * F + columns[None, :]
+        gate, up = gate_acc.to(dtype), up_acc.to(dtype)
+        if KEPT:
+            write(gate_out + place, gate, inside, not EVEN)
+            write(up_out + place, up, inside, not EVEN)
+        g = gate.to(tl.float32)
+        write(act + place, g / (1.0 + tl.exp(-g)) * up.to(tl.float32), inside, not EVEN)
+
+
+def _fake(x: Tensor, gate_weight: Tensor, up_weight: Tensor, keep: bool, config: list[int]) -> tuple[Tensor, ...]:
+    act = x.new_empty(x.shape[0], gate_weight.shape[0])
+    return act, torch.empty_like(act) if keep else x.new_empty(0), torch.empty_like(act) if keep else x.new_empty(0)
+
+
+@graph_op("gate_up_swiglu_forward", fake=_fake)
+def gate_up_forward(
+    x: Tensor, gate_weight: Tensor, up_weight: Tensor, keep: bool, config: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return act [X, F] and, when `keep`, both rounded products (else empty). Rows of all operands have unit stride."""
+    num_rows, depth = x.shape
+    width = gate_weight.shape[0]
+    aligned = all(_tma_reads(operand) for operand in (x, gate_weight, up_weight))
+    cut = GateUpConfig(*config) if config else choose_config(num_rows, x.element_size(), aligned)
+    _check(cut, x.element_size())
+    act = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
+    gate, up = (torch.empty_like(act) if keep else x.new_empty(0) for _ in range(2))
+    tma = bool(cut.tma) and aligned
+    operands: list[Any] = [x, gate_weight, up_weight]
+    if tma:
+        blocks = ([cut.block_x, cut.block_d], [cut.block_f, cut.block_d], [cut.block_f, cut.block_d])
+        operands = [TensorDescriptor.from_tensor(tensor, block) for tensor, block in zip(operands, blocks, strict=True)]
+    tiles = triton.cdiv(num_rows, cut.block_x) * triton.cdiv(width, cut.block_f)
+    even = num_rows % cut.block_x == 0 and width % cut.block_f == 0 and (tma or depth % cut.block_d == 0)
+    with on_device(x):
+        _gate_up_kernel[(num_programs(tiles, cut.persistent, x.device),)](
+            *operands, act, gate, up, x.stride(0), gate_weight.stride(0), up_weight.stride(0), num_rows, width, depth,
+            BLOCK_X=cut.block_x, BLOCK_F=cut.block_f, BLOCK_D=cut.block_d, GROUP=cut.group, TMA=tma, EVEN=even,
+            KEPT=keep, EXACT=x.dtype == torch.float32, LIFT=is_interpreting() and x.dtype != torch.float32,
+            num_warps=cut.num_warps, num_stages=cut.stages,
+        )  # fmt: skip
+    return act, gate, up
+
+
+def _tma_reads(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+
+
+def _check(cut: GateUpConfig, itemsize: int) -> None:
+    tile_bytes = (cut.block_x + 2 * cut.block_f) * cut.block_d * itemsize * cut.stages
+    if tile_bytes > SHARED_BYTES:
+        raise KernelError(
+            f"config = {cut} with {itemsize}-byte elements: expected at most {SHARED_BYTES} bytes of tiles, because that "
+            f"is a multiprocessor's shared memory and these take {tile_bytes}; try fewer stages or config=None"
+        )

@@ -1,0 +1,298 @@
+"""What the losses of a linear head share on the host: how rows are cut under a byte budget, products that accumulate in
+float32, the running sums of both gradients, and their last scaling.
+
+    hidden [X, D]          one gradient chunk           logits   float32, `logit_rows` at a time   (HBM, reused)
+    +-----------+ rows     +--------------------+       slopes   input dtype, `rows` at a time     (HBM, reused)
+    |           | ----->   | logits -> slopes   | ----> d hidden float32 [X, D], one product for each chunk
+    +-----------+          +--------------------+       d head   float32 [V, D], a running sum over chunks
+         ...                logit_rows, repeated
+
+Logits stay float32 (in bfloat16 they carry an error of 1 part in 500 of their own size, which is the whole of a loss
+near convergence); slopes, the derivatives of the loss by the logits, round once to the input dtype, because tensor
+cores read them. Everything runs in a fixed order without atomics: the same call gives the same bits.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tessera_kernels.checks import expect_choice, expect_dtype, expect_rank, expect_same_device, expect_same_dtype
+from tessera_kernels.triton._launch import FLOATS, num_sms, on_device
+from tessera_shared.errors import KernelError
+
+COLUMN_MULTIPLE = 64
+"""Rows of logits and slopes start at multiples of this many elements: 128 bytes at least, as TMA and wide loads want."""
+
+MODES = ("chunked", "no_logits")
+ACCUMULATE = ("float32", "head")
+
+
+class LossConfig(NamedTuple):
+    """How one call is cut up; 0 = chosen from the shapes. Integers only: it travels through a custom op's schema."""
+
+    rows: int = 0  # rows whose slopes are kept for one pair of gradient products
+    logit_rows: int = 0  # rows whose float32 logits exist at a time
+    hidden_splits: int = 1  # pieces that the vocabulary is cut into for d hidden, multiplied side by side, then added
+    block: int = 0  # columns of a tile of the row kernel
+    num_warps: int = 0
+    stages: int = 0  # depth of the row kernel's prefetch; 1 = none
+
+
+class Chunks(NamedTuple):
+    """The cut that `plan_chunks` found."""
+
+    rows: int
+    logit_rows: int
+
+
+def padded_columns(columns: int) -> int:
+    """Return the length of a row of logits or slopes in memory."""
+    return _up(columns, COLUMN_MULTIPLE)
+
+
+def plan_chunks(num_rows: int, vocab: int, *, models: int, slope_bytes: int, budget: int) -> Chunks:
+    """Return the fewest gradient chunks, all of about the same size, that fit into `budget` bytes.
+
+    A chunk takes `rows` x `slope_bytes` (0 without gradients) and `logit_rows` x 4 for each of `models`, per column of
+    the vocabulary. Raises `KernelError` when not even one row fits.
+    """
+    units = budget // padded_columns(vocab)
+    for quantum in (128, 16, 1):
+        logit_rows = _down(min(units // (8 * models), 256), quantum) or quantum
+        room = units - 4 * models * logit_rows
+        most = _down(room // slope_bytes, quantum) if slope_bytes else _down(units // (4 * models), quantum)
+        if most < logit_rows or room < 0:
+            continue
+        rows = min(most, _up(triton.cdiv(num_rows, triton.cdiv(num_rows, most)), quantum))
+        if not slope_bytes:
+            return Chunks(rows, rows)
+        widest = _down((units - slope_bytes * rows) // (4 * models), quantum)
+        pieces = triton.cdiv(rows, max(1, min(widest, rows)))
+        return Chunks(rows, _up(triton.cdiv(rows, pieces), quantum))
+    least = padded_columns(vocab) * (4 * models + slope_bytes)
+    raise KernelError(
+        f"chunk_bytes = {budget}: expected at least {least}, because one row of {vocab} logits with its slopes takes that; "
+        f"try chunk_bytes={256 * least}"
+    )
+
+
+def plan_columns(num_rows: int, vocab: int, *, models: int, slope_bytes: int, budget: int) -> int:
+    """Return how many columns of the vocabulary one tile of the no-logits mode has, for all rows at once."""
+    per_column = num_rows * (4 * models + slope_bytes)
+    columns = min(_down(budget // per_column, COLUMN_MULTIPLE), padded_columns(vocab))
+    if columns == 0:
+        raise KernelError(
+            f"chunk_bytes = {budget}: expected at least {per_column * COLUMN_MULTIPLE}, because a tile has {num_rows} rows "
+            f"and {COLUMN_MULTIPLE} columns; try chunk_bytes={8 * per_column * COLUMN_MULTIPLE}"
+        )
+    return columns
+
+
+def pieces(total: int, size: int) -> Iterator[slice]:
+    """Yield consecutive slices of at most `size` that cover range(total)."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Write a @ b into `out`, accumulated in float32; `out` has the operands' dtype or float32."""
+    if out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add a @ b to `total` in place, in one product's epilogue; `total` has the operands' dtype or float32."""
+    if total.dtype == a.dtype:
+        return torch.addmm(total, a, b, out=total)
+    if a.is_cuda:
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
+
+
+class GradientSums:
+    """The gradients of hidden states and head as they grow, both times `unit` (see `unit_of`).
+
+    Without a need for one of them its product is left out and its tensor is empty.
+    """
+
+    def __init__(
+        self,
+        hidden_XD: Tensor,
+        head_VD: Tensor,
+        vocab: int,
+        *,
+        for_hidden: bool,
+        for_head: bool,
+        head_dtype: torch.dtype,
+    ) -> None:
+        self._head_VD, self._vocab = head_VD, vocab
+        self._for_hidden, self._for_head, self._started = for_hidden, for_head, False
+        empty = hidden_XD.new_empty(0)
+        self.hidden_XD = (
+            torch.empty(hidden_XD.shape, dtype=torch.float32, device=hidden_XD.device) if for_hidden else empty
+        )
+        self.head_VD = torch.empty(head_VD.shape, dtype=head_dtype, device=head_VD.device) if for_head else empty
+        if for_head:
+            self.head_VD[vocab:].zero_()
+
+    def add_rows(self, slopes_XV: Tensor, hidden_XD: Tensor, rows: slice, splits: int = 1) -> None:
+        """Take in the slopes of some rows over the whole vocabulary."""
+        if self._for_hidden:
+            _split_product(slopes_XV, self._head_VD[: self._vocab], self.hidden_XD[rows], splits)
+        if self._for_head:
+            into = self.head_VD[: self._vocab]
+            if self._started:
+                add_product(into, slopes_XV.T, hidden_XD)
+            else:
+                product(slopes_XV.T, hidden_XD, into)
+        self._started = True
+
+    def add_columns(self, slopes_XV: Tensor, hidden_XD: Tensor, ids: slice) -> None:
+        """Take in the slopes of all rows over a part of the vocabulary."""
+        if self._for_hidden:
+            if self._started:
+                add_product(self.hidden_XD, slopes_XV, self._head_VD[ids])
+            else:
+                product(slopes_XV, self._head_VD[ids], self.hidden_XD)
+        if self._for_head:
+            product(slopes_XV.T, hidden_XD, self.head_VD[ids])
+        self._started = True
+
+
+def unit_of(num_tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what slopes are multiplied by before they round: 1 / num_tokens, or 1 in float16, where that underflows.
+
+    The usual caller divides the loss sum by `num_tokens`: then what is left to multiply by in the backward is one, and
+    finished gradients stay as they are instead of being read, written and rounded once more.
+    """
+    one = torch.ones((), dtype=torch.float32, device=num_tokens.device)
+    return one if dtype == torch.float16 else one / num_tokens.clamp(min=1)
+
+
+def finish(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return gradient * factor in `dtype`: in the same memory when that is the dtype already, else rounded once."""
+    if torch.compiler.is_compiling():
+        return (gradient * factor).to(dtype)
+    if gradient.dtype != dtype:
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    with on_device(gradient):
+        _scale[(4 * num_sms(gradient.device),)](gradient, factor, gradient.numel(), BLOCK=8192, num_warps=8)
+    torch.autograd.graph.increment_version(gradient)  # a second backward must find out, not scale twice
+    return gradient
+
+
+@triton.jit
+def _scale(numbers, factor_pointer, count, BLOCK: tl.constexpr):
+    factor = tl.load(factor_pointer)
+    if tl.abs(factor - 1.0) > 2.0**-22:  # two roundings of num_tokens * (1 / num_tokens)
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in range(first, count, tl.num_programs(0) * BLOCK):
+            places = start + tl.arange(0, BLOCK)
+            x = tl.load(numbers + places, mask=places < count, other=0.0)
+            tl.store(numbers + places, (x.to(tl.float32) * factor).to(x.dtype), mask=places < count)
+
+
+def head_sum_dtype(head_VD: Tensor, accumulate: str) -> torch.dtype:
+    """Return the dtype in which d head is summed over chunks."""
+    return head_VD.dtype if accumulate == "head" else torch.float32
+
+
+def head_grad_dtype(head_VD: Tensor) -> torch.dtype:
+    """Return the dtype in which autograd wants d head: the leaf's `grad_dtype` where it has one, else its own."""
+    if torch.compiler.is_compiling() or not (head_VD.is_leaf and head_VD.requires_grad):
+        return head_VD.dtype
+    return getattr(head_VD, "grad_dtype", None) or head_VD.dtype
+
+
+def check_pair(hidden: str, hidden_XD: Tensor, head: str, head_VD: Tensor) -> None:
+    """Raise unless hidden states `[X, D]` and head `[V, D]` fit each other and the products can read them in place."""
+    expect_rank(hidden, hidden_XD, 2)
+    expect_rank(head, head_VD, 2)
+    expect_dtype(hidden, hidden_XD, *FLOATS)
+    expect_same_device({hidden: hidden_XD, head: head_VD})
+    expect_same_dtype({hidden: hidden_XD, head: head_VD})
+    if head_VD.shape[1] != hidden_XD.shape[1]:
+        raise KernelError(
+            f"{head}.shape = {list(head_VD.shape)}: expected [any, {hidden_XD.shape[1]}], because {hidden} has that width; "
+            "try the head that belongs to these hidden states"
+        )
+    if head_VD.numel() == 0:
+        raise KernelError(
+            f"{head}.shape = {list(head_VD.shape)}: expected a vocabulary and a width of at least 1, because a softmax over "
+            "nothing has no value; try a head with rows"
+        )
+    if 1 not in head_VD.stride() and min(head_VD.shape) > 1:
+        raise KernelError(
+            f"{head}.stride() = {list(head_VD.stride())}: expected 1 in one dimension, because every chunk would copy the "
+            f"whole head otherwise; try {head}.contiguous()"
+        )
+
+
+def check_labels(labels_X: Tensor, hidden_XD: Tensor) -> None:
+    """Raise unless there is one integer label for each row."""
+    expect_dtype("labels_X", labels_X, torch.int64, torch.int32)
+    expect_same_device({"hidden states": hidden_XD, "labels_X": labels_X})
+    if labels_X.shape != hidden_XD.shape[:1]:
+        raise KernelError(
+            f"labels_X.shape = {list(labels_X.shape)}: expected [{hidden_XD.shape[0]}], because each row of the hidden states "
+            "has one label; try labels.reshape(-1)"
+        )
+
+
+def check_vocab(vocab_size: int | None, rows: int) -> int:
+    """Return how many ids are real; ids at or above have probability 0 and no gradient."""
+    vocab = rows if vocab_size is None else vocab_size
+    if not 1 <= vocab <= rows:
+        raise KernelError(
+            f"vocab_size = {vocab}: expected 1 to {rows}, because the head has {rows} rows; try vocab_size=None for all of them"
+        )
+    return vocab
+
+
+def check_options(mode: str, accumulate: str, dtype: torch.dtype, chunk_bytes: int | None) -> None:
+    """Raise unless the words are known and go together."""
+    expect_choice("mode", mode, MODES)
+    expect_choice("accumulate", accumulate, ACCUMULATE)
+    if accumulate == "head" and dtype == torch.float16:
+        raise KernelError(
+            "accumulate = 'head' with float16: expected 'float32', because a sum over tokens leaves float16's range; "
+            "try accumulate='float32'"
+        )
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise KernelError(
+            f"chunk_bytes = {chunk_bytes}: expected at least 1, because it is a size; try None, the measured default"
+        )
+
+
+def readable(hidden_XD: Tensor) -> Tensor:
+    """Return hidden states that a product reads in place: themselves, or a copy when neither stride is 1."""
+    return hidden_XD if 1 in hidden_XD.stride() else hidden_XD.contiguous()
+
+
+def _split_product(slopes: Tensor, head: Tensor, out: Tensor, splits: int) -> None:
+    """One product whose K is the vocabulary has few tiles: cut along K it fills the device, and the sum is in order."""
+    if splits == 1 or head.shape[0] % splits or not slopes.is_cuda:
+        product(slopes, head, out)
+        return
+    part = head.shape[0] // splits
+    rows, width = out.shape
+    a = slopes.as_strided((splits, rows, part), (part, slopes.stride(0), 1))
+    b = head.as_strided((splits, part, width), (part * head.stride(0), *head.stride()))
+    torch.sum(torch.bmm(a, b) if a.dtype == out.dtype else torch.bmm(a, b, out_dtype=out.dtype), 0, out=out)
+
+
+def _down(number: int, multiple: int) -> int:
+    return number // multiple * multiple
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,450 @@
+"""Attention without the score matrix, forward and backward: out = softmax(cap(scale Q K^T) + mask) V, and its log-sum-exp.
+
+Equations, tile pictures and what lives where: `flash_attention_forward` and `flash_attention_backward`; tile sizes:
+`flash_attention_configs`. This file checks, lays out memory and launches. Causal or full, grouped key/value heads,
+sliding window, soft cap, packed sequences, any head width that is a multiple of 16 up to 256.
+
+Reference: `tessera_kernels.reference.flash_attention`.
+"""
+
+# ruff: noqa: ARG001 - a fake takes what its op takes
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.runtime.errors import OutOfResources
+from triton.tools.ragged_tma import create_ragged_descriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tessera_kernels.checks import (
+    expect_dtype,
+    expect_multiple,
+    expect_rank,
+    expect_same_device,
+    expect_same_dtype,
+    expect_shape,
+    expect_triton_device,
+    is_interpreting,
+)
+from tessera_kernels.triton import flash_attention_backward as backward_kernels
+from tessera_kernels.triton._launch import FLOATS, graph_op, on_device
+from tessera_kernels.triton.flash_attention_configs import (
+    ADDS,
+    CONFIGS,
+    AttentionConfig,
+    ForwardConfig,
+    KeyConfig,
+    QueryConfig,
+    choose_config,
+    expect_fitting,
+)
+from tessera_kernels.triton.flash_attention_forward import forward_kernel
+from tessera_shared.errors import KernelError
+
+__all__ = ["CONFIGS", "AttentionConfig", "choose_config", "flash_attention", "flash_attention_varlen"]
+
+_CACHE_BYTES = 24 * 2**20  # of K and V that the heads running at one time may share; the L2 of an H200 has 60 MB
+_STARTS = Tensor | None
+
+
+class _Rule(NamedTuple):
+    """What is computed, as the launchers take it. Integers and floats only: it travels through a custom op's schema."""
+
+    scale: float
+    softcap: float  # 0 = none
+    window: int  # 0 = none
+    causal: bool
+
+    @property
+    def unit(self) -> float:
+        """What a score is multiplied by before exp: the cap, when there is one, else the scale."""
+        return self.softcap or self.scale
+
+    @property
+    def inner(self) -> float:
+        """What the product is multiplied by before tanh."""
+        return self.scale / self.softcap if self.softcap else 0.0
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """The kernels' constants that follow from the rule."""
+        return {"CAUSAL": self.causal, "WINDOW": self.window > 0, "SOFTCAP": self.softcap > 0.0}
+
+
+def flash_attention(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    deterministic: bool = False,
+    config: AttentionConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (out_BTNH in the inputs' dtype, lse_BNT float32); both can be differentiated.
+
+    Query t stands at key position t + S - T: causal, it sees keys up to there; with a `window`, only those nearer than it
+    (both ways when not causal). A query that sees nothing gives 0 and -inf. `scale` is 1 / sqrt(H) by default. float16,
+    bfloat16 or float32 (in full precision); N a multiple of K. Any strides: a stride within a head is copied away.
+    `deterministic` keeps every sum of the backward in one order. `KernelError` says what does not fit.
+    """
+    for what, tensor in (("q_BTNH", q_BTNH), ("k_BSKH", k_BSKH), ("v_BSKH", v_BSKH)):
+        expect_rank(what, tensor, 4)
+    expect_shape(
+        "k_BSKH", k_BSKH, (q_BTNH.shape[0], None, None, q_BTNH.shape[3]), "rows and head width are the queries'"
+    )
+    _check({"q_BTNH": q_BTNH, "k_BSKH": k_BSKH, "v_BSKH": v_BSKH})
+    rule = _rule(q_BTNH.shape[-1], scale, softcap, window, causal)
+    cuts = _cuts(q_BTNH, deterministic, config)
+    out, lse, _, _ = _Attention.apply(  # type: ignore[no-untyped-call]
+        q_BTNH, k_BSKH, v_BSKH, None, None, q_BTNH.shape[1], k_BSKH.shape[1], *rule, *cuts
+    )  # fmt: skip
+    return out, lse
+
+
+def flash_attention_varlen(
+    q_XNH: Tensor,
+    k_YKH: Tensor,
+    v_YKH: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    *,
+    longest_query: int,
+    longest_key: int,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    deterministic: bool = False,
+    config: AttentionConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention within each of B packed sequences: (out_XNH, lse_NX float32). Options as in `flash_attention`.
+
+    Sequence i has the queries query_starts[i] to query_starts[i + 1] and keys likewise: int32 [B + 1], rising, on the
+    device, never read by the host. `longest_query` and `longest_key` are at least the longest lengths; queries past them
+    are left at 0 and -inf, as are rows past the last sequence, and those take no part in any gradient.
+    """
+    for what, tensor in (("q_XNH", q_XNH), ("k_YKH", k_YKH), ("v_YKH", v_YKH)):
+        expect_rank(what, tensor, 3)
+    expect_shape("k_YKH", k_YKH, (None, None, q_XNH.shape[2]), "the head width is the queries'")
+    _check({"q_XNH": q_XNH, "k_YKH": k_YKH, "v_YKH": v_YKH})
+    expect_rank("query_starts", query_starts, 1)
+    expect_shape("key_starts", key_starts, tuple(query_starts.shape), "each sequence has queries and keys")
+    for what, starts in (("query_starts", query_starts), ("key_starts", key_starts)):
+        expect_dtype(what, starts, torch.int32)
+        expect_same_device({"q_XNH": q_XNH, what: starts})
+    rule = _rule(q_XNH.shape[-1], scale, softcap, window, causal)
+    cuts = _cuts(q_XNH, deterministic, config)
+    out, lse, _, _ = _Attention.apply(  # type: ignore[no-untyped-call]
+        q_XNH, k_YKH, v_YKH, query_starts.contiguous(), key_starts.contiguous(), longest_query, longest_key, *rule, *cuts
+    )  # fmt: skip
+    return out, lse
+
+
+def _check(tensors: dict[str, Tensor]) -> None:
+    (q_name, q), (_, k), (v_name, v) = tensors.items()
+    expect_triton_device(q_name, q)
+    expect_dtype(q_name, q, *FLOATS)
+    expect_same_device(tensors)
+    expect_same_dtype(tensors)
+    expect_shape(v_name, v, tuple(k.shape), "each key has one value of the head width")
+    expect_multiple("head width", q.shape[-1], 16, "a tensor-core product takes 16 columns at a time")
+    if q.shape[-1] > 256:
+        raise KernelError(
+            f"head width = {q.shape[-1]}: expected at most 256, because a head is one tile; try more heads"
+        )
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if heads and (kv_heads == 0 or heads % kv_heads):
+        raise KernelError(
+            f"query heads = {heads}, key/value heads = {kv_heads}: expected a multiple, because heads share keys in equal "
+            f"groups; try {kv_heads or 1} or {2 * kv_heads or 2} query heads"
+        )
+
+
+def _rule(width: int, scale: float | None, softcap: float | None, window: int | None, causal: bool) -> _Rule:
+    scale = width**-0.5 if scale is None else float(scale)
+    for what, value in (("scale", scale), ("softcap", 1.0 if softcap is None else float(softcap))):
+        if not 0.0 < value < math.inf:
+            raise KernelError(
+                f"{what} = {value}: expected a positive finite number, because the running maximum is taken before it is "
+                "applied; try its absolute value on negated queries"
+            )
+    if window is not None and window < 1:
+        raise KernelError(
+            f"window = {window}: expected at least 1, because a query sees itself; try 1, or None for no window"
+        )
+    return _Rule(scale, 0.0 if softcap is None else float(softcap), 0 if window is None else int(window), causal)
+
+
+def _cuts(q: Tensor, deterministic: bool, config: AttentionConfig | None) -> tuple[list[int], list[int], list[int]]:
+    if deterministic and config is not None and not config.deterministic:
+        raise KernelError(
+            f"config.keys.fused = {config.keys.fused} ({ADDS[config.keys.fused]}): expected 0 with deterministic=True, because "
+            "atomic additions come in no fixed order; try config=None"
+        )
+    chosen = config or choose_config(q.shape[-1], q.dtype, deterministic=deterministic)
+    padded = triton.next_power_of_2(q.shape[-1])
+    for part in chosen[: 2 if chosen.keys.fused else 3]:
+        expect_fitting(part, padded, q.element_size())
+    return list(chosen.forward), list(chosen.keys), list(chosen.queries)
+
+
+class _Attention(torch.autograd.Function):
+    """Autograd's view: (q, k, v, starts, lengths, rule, cuts) -> (out, lse, and what the backward needs of each row)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor, k: Tensor, v: Tensor, query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int,
+        scale: float, softcap: float, window: int, causal: bool,
+        forward_cut: list[int], key_cut: list[int], query_cut: list[int],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        q, k, v = _unit_rows(q), _unit_rows(k), _unit_rows(v)
+        out, lse, top, spread = _run_forward(
+            q, k, v, query_starts, key_starts, longest_query, longest_key, scale, softcap, window, causal, forward_cut
+        )
+        ctx.save_for_backward(q, k, v, out, top, spread, query_starts, key_starts)
+        ctx.mark_non_differentiable(top, spread)
+        ctx.set_materialize_grads(False)
+        ctx.plain = (longest_query, longest_key, scale, softcap, window, causal, key_cut, query_cut)
+        return out, lse, top, spread
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _dtop: Tensor | None, _dspread: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 11
+        if dout is None and dlse is None:
+            return None, None, None, *nothing
+        q, k, v, out, top, spread, query_starts, key_starts = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else _unit_rows(dout)
+        dlse = None if dlse is None else dlse.float().contiguous()
+        grads = _run_backward(q, k, v, out, dout, dlse, top, spread, query_starts, key_starts, *ctx.plain)
+        return *grads, *nothing
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int,
+    scale: float, softcap: float, window: int, causal: bool, cut: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows = (q.shape[0], q.shape[2], q.shape[1]) if query_starts is None else (q.shape[1], q.shape[0])
+    row = q.new_empty(rows, dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), row, torch.empty_like(row), torch.empty_like(row)
+
+
+@graph_op("flash_attention_forward", fake=_fake_forward)
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int,
+    scale: float, softcap: float, window: int, causal: bool, cut: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return out, lse, and each row's maximum before scaling and log2 sum, all rows as (sequence, head, query)."""
+    rule, cfg = _Rule(scale, softcap, window, causal), ForwardConfig(*cut)
+    out, lse, top, spread = _fake_forward(
+        q, k, v, query_starts, key_starts, longest_query, longest_key, scale, softcap, window, causal, cut
+    )
+    packed = query_starts is not None
+    if packed or k.numel() == 0:  # rows that no program comes to
+        out.zero_()
+        lse.fill_(-math.inf)
+        top.zero_()
+        spread.fill_(math.inf)
+    if q.numel() == 0 or k.numel() == 0:
+        return out, lse, top, spread
+    padded = triton.next_power_of_2(q.shape[-1])
+    tma = bool(cfg.tma) and _describable(q, k, v)
+    shape = _Shape.of(q, k, query_starts)
+    heads = q.shape[-2]
+    grid = (triton.cdiv(longest_query, cfg.block_m) * shape.sequences * heads,)
+    section = _section(2 * longest_key * k.shape[-1] * k.element_size()) * shape.group
+    with on_device(q), _resources(cfg):
+        forward_kernel[grid](
+            _describe(q, cfg.block_m, padded, tma), _describe(k, cfg.block_n, padded, tma),
+            _describe(v, cfg.block_n, padded, tma), q, k, v, out, lse, top, spread, query_starts, key_starts,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(out),
+            shape.sequences, shape.queries, shape.keys, heads, section, longest_query, rule.window, rule.unit, rule.inner,
+            GROUP=shape.group, VARLEN=packed, WIDTH=q.shape[-1], PADDED=padded, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
+            STAGES=cfg.stages, TMA=tma, AHEAD=bool(cfg.ahead), PRECISION=_precision(q), **rule.flags,
+            num_warps=cfg.num_warps, num_stages=cfg.stages,
+        )  # fmt: skip
+    return out, lse, top, spread
+
+
+def _fake_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, dlse: Tensor | None, top: Tensor, spread: Tensor,
+    query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int,
+    scale: float, softcap: float, window: int, causal: bool, key_cut: list[int], query_cut: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+@graph_op("flash_attention_backward", fake=_fake_backward)
+def _run_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, dlse: Tensor | None, top: Tensor, spread: Tensor,
+    query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int,
+    scale: float, softcap: float, window: int, causal: bool, key_cut: list[int], query_cut: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return dq, dk, dv, contiguous."""
+    rule, keys, queries = _Rule(scale, softcap, window, causal), KeyConfig(*key_cut), QueryConfig(*query_cut)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    if query_starts is not None or q.numel() == 0 or k.numel() == 0:
+        for grad in (dq, dk, dv):
+            grad.zero_()
+    if q.numel() == 0 or k.numel() == 0:
+        return dq, dk, dv
+    with on_device(q):
+        delta = _delta(out, dout, dlse, top)
+        rows = (top, spread, delta)
+        if keys.fused:
+            total = torch.zeros(
+                (*q.shape[:-1], triton.next_power_of_2(q.shape[-1])), dtype=torch.float32, device=q.device
+            )
+            _run_keys(
+                q, k, v, dout, rows, total, dk, dv, query_starts, key_starts, longest_query, longest_key, rule, keys
+            )
+            torch.mul(total[..., : q.shape[-1]], rule.scale, out=dq)
+        else:
+            _run_keys(q, k, v, dout, rows, dq, dk, dv, query_starts, key_starts, longest_query, longest_key, rule, keys)
+            _run_queries(q, k, v, dout, rows, dq, query_starts, key_starts, longest_query, longest_key, rule, queries)
+    return dq, dk, dv
+
+
+def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None, like: Tensor) -> Tensor:
+    delta = torch.empty_like(like)
+    sequences, queries = (1, out.shape[0]) if out.ndim == 3 else out.shape[:2]
+    heads, width = out.shape[-2:]
+    padded = triton.next_power_of_2(width)
+    block = max(16, 8192 // padded)
+    backward_kernels.delta_kernel[(triton.cdiv(queries, block), sequences * heads)](
+        out, dout, delta if dlse is None else dlse, delta, *_strides(out), *_strides(dout), queries, heads,
+        HAS_DLSE=dlse is not None, WIDTH=width, PADDED=padded, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return delta
+
+
+def _run_keys(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: tuple[Tensor, Tensor, Tensor], total: Tensor, dk: Tensor, dv: Tensor,
+    query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int, rule: _Rule, cfg: KeyConfig,
+) -> None:  # fmt: skip
+    padded = triton.next_power_of_2(q.shape[-1])
+    tma = bool(cfg.tma) and _describable(q, dout)
+    add = "pointer" if cfg.fused and is_interpreting() else ADDS[cfg.fused]
+    shape = _Shape.of(q, k, query_starts)
+    heads = k.shape[-2]
+    grid = (triton.cdiv(longest_key, cfg.block_n) * shape.sequences * heads,)
+    section = _section(2 * longest_query * shape.group * q.shape[-1] * q.element_size())
+    with _resources(cfg):
+        backward_kernels.key_kernel[grid](
+            _describe(q, cfg.block_m, padded, tma), _describe(dout, cfg.block_m, padded, tma),
+            _describe(total, cfg.block_m, padded, add == "descriptor"), q, k, v, dout, *rows, total, dk, dv,
+            query_starts, key_starts,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(dout), *_strides(total), *_strides(dk),
+            shape.sequences, shape.queries, shape.keys, heads, section, longest_key,
+            rule.window, rule.unit, rule.inner, rule.scale,
+            GROUP=shape.group, VARLEN=query_starts is not None, ADD=add, WIDTH=q.shape[-1], PADDED=padded,
+            BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, STAGES=cfg.stages, KEYS_FIRST=bool(cfg.keys_first), TMA=tma,
+            PRECISION=_precision(q), **rule.flags, num_warps=cfg.num_warps, num_stages=cfg.stages,
+        )  # fmt: skip
+
+
+def _run_queries(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: tuple[Tensor, Tensor, Tensor], dq: Tensor,
+    query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int, rule: _Rule, cfg: QueryConfig,
+) -> None:  # fmt: skip
+    padded = triton.next_power_of_2(q.shape[-1])
+    tma = bool(cfg.tma) and _describable(k, v)
+    shape = _Shape.of(q, k, query_starts)
+    heads = q.shape[-2]
+    grid = (triton.cdiv(longest_query, cfg.block_m) * shape.sequences * heads,)
+    section = _section(2 * longest_key * k.shape[-1] * k.element_size()) * shape.group
+    with _resources(cfg):
+        backward_kernels.query_kernel[grid](
+            _describe(k, cfg.block_n, padded, tma), _describe(v, cfg.block_n, padded, tma), q, k, v, dout, *rows, dq,
+            query_starts, key_starts, *_strides(q), *_strides(k), *_strides(v), *_strides(dout), *_strides(dq),
+            shape.sequences, shape.queries, shape.keys, heads, section, longest_query,
+            rule.window, rule.unit, rule.inner, rule.scale,
+            GROUP=shape.group, VARLEN=query_starts is not None, WIDTH=q.shape[-1], PADDED=padded,
+            BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, STAGES=cfg.stages, TMA=tma,
+            PRECISION=_precision(q), **rule.flags, num_warps=cfg.num_warps, num_stages=cfg.stages,
+        )  # fmt: skip
+
+
+class _Shape(NamedTuple):
+    """Sizes as the kernels take them; packed, `queries` and `keys` are those of all sequences."""
+
+    sequences: int
+    queries: int
+    keys: int
+    group: int
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, query_starts: _STARTS) -> "_Shape":
+        """Read the sizes off q and k, [B, T, N, H] or [X, N, H]."""
+        sequences = q.shape[0] if query_starts is None else query_starts.shape[0] - 1
+        return _Shape(sequences, q.shape[-3], k.shape[-3], q.shape[-2] // k.shape[-2])
+
+
+class _resources:  # noqa: N801
+    """Say in one line which configuration does not fit this device."""
+
+    def __init__(self, config: tuple[int, ...]) -> None:
+        self.config = tuple(config)
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Turn Triton's complaint about too little shared memory or registers into a `KernelError`."""
+        if isinstance(error, OutOfResources):
+            raise KernelError(
+                f"config = {self.config}: expected {error.name} up to {error.limit}, because this GPU has no more, and the "
+                f"kernel needs {error.required}; try a smaller tile or fewer stages"
+            ) from error
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of sequence, position and head; a packed tensor is one sequence."""
+    batch = x.stride(0) if x.ndim == 4 else 0
+    return batch, x.stride(-3), x.stride(-2)
+
+
+def _precision(q: Tensor) -> str:
+    if q.dtype == torch.bfloat16 and is_interpreting():
+        return "lift"
+    return "ieee" if q.dtype == torch.float32 else "tf32"  # half-precision products are exact either way
+
+
+def _section(bytes_a_head: int) -> int:
+    return max(1, _CACHE_BYTES // max(1, bytes_a_head))
+
+
+def _describable(*tensors: Tensor) -> bool:
+    """Can the copy engine read these as they lie? 16-byte rows and base; no zero strides."""
+    return all(
+        x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def _describe(x: Tensor, rows: int, padded: int, tma: bool) -> Any:
+    """Return a descriptor of tiles of `rows` positions of one head, [batch, head, position, width]; x itself without TMA.
+
+    Packed rows get a ragged one, whose bounds are each sequence's: a tile that runs past its sequence reads zeros.
+    """
+    if not tma:
+        return x
+    if x.ndim == 3:
+        return create_ragged_descriptor(x.permute(1, 0, 2), [1, rows, padded], ragged_dim=1)
+    view = x.permute(0, 2, 1, 3)
+    return TensorDescriptor(x, list(view.shape), list(view.stride()), [1, 1, rows, padded])

@@ -1,0 +1,152 @@
+"""Tile sizes of the attention kernels: the list that the GPU lane runs and the sweep times, and the choice among them.
+
+The choice depends on head width and dtype alone: no timing at run time, so that a graph replays what it recorded.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from tessera_shared.errors import KernelError
+
+SHARED_BYTES = 227 * 1024
+"""Shared memory that one block may have on sm_90."""
+
+FLOAT32_SCORES = 2048
+"""Largest tile of scores in float32, whose products are unrolled multiply-adds: more would spill and compile for minutes."""
+
+ADDS = ("split", "pointer", "descriptor")
+"""What `KeyConfig.fused` stands for: a kernel of its own for dQ, or additions by pointer or by descriptor (TMA)."""
+
+
+class ForwardConfig(NamedTuple):
+    """How the forward is cut up. Integers only: it travels through a custom op's schema."""
+
+    block_m: int  # queries of a tile
+    block_n: int  # keys of a tile
+    num_warps: int
+    stages: int  # tiles of K and V in flight
+    ahead: int  # 1 = the next tile's scores are issued before this tile's product with V
+    tma: int  # 1 = bulk copies by descriptor where the strides allow; 0 = pointers always
+
+    def shared_bytes(self, padded: int, itemsize: int) -> int:
+        """Estimate the shared memory: Q, and K and V in flight."""
+        tiles = self.block_m + (2 * self.stages + self.ahead) * self.block_n
+        return max(tiles * padded * itemsize, self.block_m * padded * 4) + 2048
+
+
+class KeyConfig(NamedTuple):
+    """How dK and dV (and dQ when fused) are cut up."""
+
+    block_m: int  # queries of a tile, which stream
+    block_n: int  # keys of a tile, which stay
+    num_warps: int
+    stages: int
+    keys_first: int  # 1 = scores as [key, query]
+    fused: int  # index of `ADDS`
+    tma: int
+
+    def shared_bytes(self, padded: int, itemsize: int) -> int:
+        """Estimate the shared memory: K and V, Q and dO in flight, P and dS turned, dQ on its way out."""
+        tiles = (2 * self.block_n + 2 * self.stages * self.block_m) * padded * itemsize
+        turned = (2 - self.keys_first) * self.block_m * self.block_n * itemsize
+        leaving = self.block_m * padded * 4 if self.fused == 2 else self.block_m * self.block_n * itemsize
+        return tiles + turned + (leaving if self.fused else 0) + 4096
+
+
+class QueryConfig(NamedTuple):
+    """How dQ is cut up when it has a kernel of its own."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    stages: int
+    tma: int
+
+    def shared_bytes(self, padded: int, itemsize: int) -> int:
+        """Estimate the shared memory: Q and dO, K and V in flight."""
+        return (2 * self.block_m + 2 * self.stages * self.block_n) * padded * itemsize + 4096
+
+
+class AttentionConfig(NamedTuple):
+    """One configuration of both directions."""
+
+    forward: ForwardConfig
+    keys: KeyConfig
+    queries: QueryConfig
+
+    @property
+    def deterministic(self) -> bool:
+        """Is every sum in one fixed order?"""
+        return self.keys.fused == 0
+
+
+FORWARD: tuple[ForwardConfig, ...] = (
+    ForwardConfig(128, 128, 8, 2, 1, 1),
+    ForwardConfig(128, 64, 8, 3, 1, 1),
+    ForwardConfig(128, 64, 8, 2, 1, 1),
+    ForwardConfig(128, 128, 8, 2, 0, 1),
+    ForwardConfig(64, 64, 4, 2, 1, 1),
+    ForwardConfig(64, 128, 4, 2, 1, 1),
+    ForwardConfig(128, 64, 8, 2, 1, 0),
+    ForwardConfig(64, 32, 4, 2, 0, 0),
+    ForwardConfig(32, 32, 8, 1, 0, 0),
+)
+KEYS: tuple[KeyConfig, ...] = (
+    KeyConfig(64, 128, 8, 2, 1, 2, 1),
+    KeyConfig(64, 64, 4, 1, 1, 2, 1),
+    KeyConfig(64, 64, 8, 2, 0, 2, 1),
+    KeyConfig(128, 64, 8, 1, 0, 2, 1),
+    KeyConfig(64, 128, 8, 2, 1, 1, 1),
+    KeyConfig(128, 64, 8, 2, 0, 0, 1),
+    KeyConfig(64, 128, 8, 2, 1, 0, 1),
+    KeyConfig(64, 64, 8, 1, 1, 0, 1),
+    KeyConfig(64, 64, 4, 2, 0, 0, 1),
+    KeyConfig(32, 64, 4, 2, 1, 0, 0),
+    KeyConfig(32, 32, 8, 1, 0, 0, 0),
+)
+QUERIES: tuple[QueryConfig, ...] = (  # used by the split configurations alone: rows of `CONFIGS` line up with `KEYS`
+    QueryConfig(128, 128, 8, 2, 1),
+    QueryConfig(128, 128, 8, 2, 1),
+    QueryConfig(128, 128, 8, 2, 1),
+    QueryConfig(128, 128, 8, 2, 1),
+    QueryConfig(128, 128, 8, 2, 1),
+    QueryConfig(128, 128, 8, 2, 1),
+    QueryConfig(128, 64, 8, 2, 1),
+    QueryConfig(128, 64, 8, 1, 1),
+    QueryConfig(64, 64, 4, 1, 1),
+    QueryConfig(64, 32, 4, 2, 0),
+    QueryConfig(32, 32, 8, 1, 0),
+)
+CONFIGS: tuple[AttentionConfig, ...] = tuple(
+    AttentionConfig(FORWARD[i % len(FORWARD)], KEYS[i % len(KEYS)], QUERIES[i % len(QUERIES)])
+    for i in range(max(len(FORWARD), len(KEYS), len(QUERIES)))
+)
+"""Every part at least once; the directions are independent, so that not every pair is needed."""
+
+
+def choose_config(width: int, dtype: torch.dtype, *, deterministic: bool) -> AttentionConfig:
+    """Return the configuration for this head width and dtype."""
+    if dtype == torch.float32:  # no tensor cores at full precision: small tiles in plain registers
+        keys = KeyConfig(32, 32, 8, 1, 0, 0, 0)
+        return AttentionConfig(ForwardConfig(32, 32, 8, 1, 0, 0), keys, QueryConfig(32, 32, 8, 1, 0))
+    if width > 128:  # accumulators as wide as the head leave no registers for fusing
+        keys = KeyConfig(64, 64, 8, 1, 1, 0, 1)
+        return AttentionConfig(ForwardConfig(128, 64, 8, 2, 1, 1), keys, QueryConfig(128, 64, 8, 1, 1))
+    keys = KeyConfig(128, 64, 8, 2, 0, 0, 1) if deterministic else KeyConfig(64, 128, 8, 2, 1, 2, 1)
+    return AttentionConfig(ForwardConfig(128, 128, 8, 2, 1, 1), keys, QueryConfig(128, 128, 8, 2, 1))
+
+
+def expect_fitting(config: ForwardConfig | KeyConfig | QueryConfig, padded: int, itemsize: int) -> None:
+    """Raise unless the configuration's tiles fit in shared memory and, in float32, in registers."""
+    if itemsize == 4 and config.block_m * config.block_n > FLOAT32_SCORES:
+        raise KernelError(
+            f"config = {tuple(config)}: expected tiles of at most {FLOAT32_SCORES} scores for float32, because full precision "
+            "has no tensor cores; try config=None"
+        )
+    needed = config.shared_bytes(padded, itemsize)
+    if needed > SHARED_BYTES:
+        raise KernelError(
+            f"config = {tuple(config)}: expected at most {SHARED_BYTES} bytes of shared memory, because a block has no more, "
+            f"and tiles of head width {padded} take {needed}; try config=None"
+        )

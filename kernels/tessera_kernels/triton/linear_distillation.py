@@ -1,0 +1,314 @@
+"""Divergence between a linear student head and a linear teacher head from their hidden states; no full logits ever.
+
+    q = softmax(h W^T / tau),  p = softmax(g U^T / tau)         h [X, D], W [V, D] student; g [X, F], U [V, F] teacher
+    loss = sum over counted rows of (1 - label_weight) tau^2 D(p, q) + label_weight (cross-entropy at tau = 1)
+    D: forward KL  sum p log(p/q) - p + q    (Hinton et al., 1503.02531)      JSD and its beta    (GKD, 2306.13649)
+       reverse KL  sum q log(q/p) - q + p    (MiniLLM, 2306.08543)            skew and its alpha  (DistiLLM, 2402.03898)
+
+    mode "chunked", 2 X V (3 D + F) operations       mode "no_logits" (forward and reverse KL), 2 X V (4 D + 2 F)
+    +--------------- V ---------------+              +-- V --+-------+
+    | student logit_rows, float32     | cuBLAS       |   X   | tile  |   1. both logits of a tile, online sums [X]
+    | teacher logit_rows, float32     | cuBLAS       |       |       |   2. both again, loss, slopes, both products:
+    | one program a row: sums, slopes | -> bf16      +-------+-------+      d head of the tile is finished at once
+    +---------------------------------+
+
+    HBM        float32 logits of both models and slopes (the input dtype) of one chunk or tile; d hidden float32 [X, D]
+    registers  one tile of both rows; maxima and sums
+    shared     what the loop prefetches; the reduction across warps
+
+The row's walks change direction, so that each begins with what L2 still holds. The conventions, and the care for digits
+near convergence (no difference of two logarithms or two probabilities), are those of `tessera_torch.distil.losses`; the
+mixture of JSD and skew takes part in the gradient. "no_logits" is refused for JSD and skew: their slopes need sums that
+need both normalizers, which would be a third time all logits. Reference: `tessera_kernels.reference.linear_distillation`.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tessera_kernels.checks import expect_between, expect_choice, expect_same_device, expect_triton_device
+from tessera_kernels.triton import _divergence_rows as kernels
+from tessera_kernels.triton._divergence_series import DIVERGENCES, coefficients
+from tessera_kernels.triton._launch import graph_op, on_device
+from tessera_kernels.triton._linear_loss import (
+    GradientSums,
+    LossConfig,
+    check_labels,
+    check_options,
+    check_pair,
+    check_vocab,
+    finish,
+    head_grad_dtype,
+    head_sum_dtype,
+    padded_columns,
+    pieces,
+    plan_chunks,
+    plan_columns,
+    product,
+    readable,
+    unit_of,
+)
+from tessera_shared.errors import KernelError
+
+CHUNK_BYTES = {"chunked": 456 * 2**20, "no_logits": 96 * 2**20}
+"""Bytes for logits and slopes by default: with d hidden in float32 under 500 MiB, a quarter of the best peer's."""
+
+CONFIGS: tuple[LossConfig, ...] = (
+    LossConfig(block=1024, num_warps=4, stages=1),
+    LossConfig(block=2048, num_warps=8, stages=1),
+    LossConfig(block=2048, num_warps=8, stages=3),
+    LossConfig(block=4096, num_warps=16, stages=1),
+    LossConfig(block=4096, num_warps=16, stages=2),
+    LossConfig(block=8192, num_warps=32, stages=1),
+)
+"""Shapes of the row kernel that the GPU lane runs and the sweep times."""
+
+
+def choose_config(vocab: int) -> LossConfig:
+    """Return the row kernel's shape for a vocabulary. The number of rows plays no part."""
+    block = min(4096, max(16, triton.next_power_of_2(vocab)))
+    return LossConfig(block=block, num_warps=max(1, min(16, block // 256)), stages=1)
+
+
+def linear_distillation(
+    student_XD: Tensor,
+    student_head_VD: Tensor,
+    teacher_XF: Tensor,
+    teacher_head_VF: Tensor,
+    labels_X: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    temperature_squared: bool = True,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    label_weight: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    chunk_bytes: int | None = None,
+    mode: str = "chunked",
+    accumulate: str = "float32",
+    config: LossConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the summed loss (float32) and the number of labels that are not `ignore_index` (int32), both 0-dim.
+
+    Student and teacher each in one of bfloat16, float16, float32, of their own widths; the student's hidden states and
+    head get gradients, the teacher is fixed (a teacher that requires grad is refused). The divergence is multiplied by
+    tau^2 unless `temperature_squared` is False; labels matter beyond `ignore_index` only when `label_weight` > 0, and
+    one outside the vocabulary then makes loss and gradient NaN. Ids at or above `vocab_size` have probability 0 on both
+    sides; without it both heads must have the same number of rows. Gradients are computed here and multiplied in the
+    backward, which runs once. `KernelError` says what does not fit.
+    """
+    teacher = (teacher_XF, teacher_head_VF)
+    _check(student_XD, student_head_VD, *teacher, labels_X, mode, accumulate, chunk_bytes)
+    kind, weight = _kind(divergence, temperature, beta, alpha, label_weight, mode)
+    vocab = _check_vocabularies(student_head_VD, teacher_head_VF, vocab_size)
+    if student_XD.shape[0] == 0:
+        return (student_XD.sum() + 0.0 * student_head_VD.sum()).float(), labels_X.new_zeros((), dtype=torch.int32)
+    scale = temperature**2 if temperature_squared else 1.0
+    loss, num_tokens = _Loss.apply(
+        readable(student_XD), student_head_VD, readable(teacher_XF), teacher_head_VF, labels_X.contiguous(), kind,
+        [1.0 / temperature, weight, (1.0 - label_weight) * scale, label_weight, float(z_loss)], ignore_index, vocab,
+        chunk_bytes or CHUNK_BYTES[mode], mode, accumulate, list(config or ()),
+    )  # fmt: skip
+    return loss, num_tokens
+
+
+def _check(
+    student_XD: Tensor, student_head_VD: Tensor, teacher_XF: Tensor, teacher_head_VF: Tensor, labels_X: Tensor,
+    mode: str, accumulate: str, chunk_bytes: int | None,
+) -> None:  # fmt: skip
+    expect_triton_device("student_XD", student_XD)
+    check_pair("student_XD", student_XD, "student_head_VD", student_head_VD)
+    check_pair("teacher_XF", teacher_XF, "teacher_head_VF", teacher_head_VF)
+    expect_same_device({"student_XD": student_XD, "teacher_XF": teacher_XF})
+    check_labels(labels_X, student_XD)
+    check_options(mode, accumulate, student_XD.dtype, chunk_bytes)
+    if teacher_XF.shape[0] != student_XD.shape[0]:
+        raise KernelError(
+            f"teacher_XF.shape = {list(teacher_XF.shape)}: expected [{student_XD.shape[0]}, any], because student_XD has that "
+            "many rows and each is compared with the teacher's at the same position; try the hidden states of the same tokens"
+        )
+    for name, tensor in (("teacher_XF", teacher_XF), ("teacher_head_VF", teacher_head_VF)):
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise KernelError(
+                f"{name}.requires_grad = True: expected False, because only the student gets gradients here; "
+                f"try {name}.detach()"
+            )
+
+
+def _check_vocabularies(student_head_VD: Tensor, teacher_head_VF: Tensor, vocab_size: int | None) -> int:
+    student, teacher = student_head_VD.shape[0], teacher_head_VF.shape[0]
+    if vocab_size is None and student != teacher:
+        raise KernelError(
+            f"student_head_VD.shape[0] = {student}, teacher_head_VF.shape[0] = {teacher}: expected the same, because the "
+            f"distributions are compared id by id; try vocab_size={min(student, teacher)} if the longer one is padding"
+        )
+    return check_vocab(vocab_size, min(student, teacher))
+
+
+def _kind(
+    divergence: str, temperature: float, beta: float, alpha: float, label_weight: float, mode: str
+) -> tuple[str, float]:
+    """Return the divergence to compute, its limits replaced by what they are by definition, and its weight."""
+    expect_choice("divergence", divergence, DIVERGENCES)
+    for name, value in (("beta", beta), ("alpha", alpha), ("label_weight", label_weight)):
+        expect_between(name, value, 0.0, 1.0, "it is a mixing weight")
+    if not 0.0 < temperature < float("inf"):
+        raise KernelError(
+            f"temperature = {temperature}: expected a positive number, because logits are divided by it; try 1.0"
+        )
+    kind, weight = divergence, beta if divergence == "generalized_jsd" else alpha
+    if divergence == "generalized_jsd" and beta in (0.0, 1.0):
+        kind = "reverse_kl" if beta else "forward_kl"
+    if divergence.startswith("skew") and alpha == 0.0:
+        kind = "forward_kl" if divergence == "skew_kl" else "reverse_kl"
+    if mode == "no_logits" and kind not in ("forward_kl", "reverse_kl"):
+        raise KernelError(
+            f"mode = 'no_logits' with divergence = {divergence!r}: expected forward_kl or reverse_kl, because the others' "
+            "gradients need a sum that needs both normalizers, a third pass over all logits; try mode='chunked' with a small "
+            "chunk_bytes"
+        )
+    return kind, weight if kind == divergence else 0.0
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor,
+        kind: str, numbers: list[float], ignore_index: int, vocab: int, chunk_bytes: int, mode: str, accumulate: str,
+        config: list[int],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        for_hidden, for_head = ctx.needs_input_grad[:2]
+        loss, num_tokens, unit, d_hidden, d_head = _run(
+            student, student_head, teacher, teacher_head, labels, for_hidden, for_head, kind, numbers, ignore_index,
+            vocab, chunk_bytes, mode, accumulate, config,
+        )  # fmt: skip
+        ctx.save_for_backward(unit, d_hidden, d_head)
+        ctx.dtypes = student.dtype, head_grad_dtype(student_head)
+        ctx.mark_non_differentiable(num_tokens)
+        return loss, num_tokens
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        unit, d_hidden, d_head = ctx.saved_tensors
+        for_hidden, for_head = ctx.needs_input_grad[:2]
+        factor = grad / unit
+        return (
+            finish(d_hidden, factor, ctx.dtypes[0]) if for_hidden else None,
+            finish(d_head, factor, ctx.dtypes[1]) if for_head else None,
+            *(None,) * 11,
+        )
+
+
+def _fake_run(
+    student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor, for_hidden: bool,
+    for_head: bool, kind: str, numbers: list[float], ignore_index: int, vocab: int, chunk_bytes: int, mode: str,
+    accumulate: str, config: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    del teacher, teacher_head, kind, numbers, ignore_index, vocab, chunk_bytes, config  # none of them changes a shape
+    scalar = student.new_empty((), dtype=torch.float32)
+    d_hidden, d_head = student.new_empty(0), student.new_empty(0)
+    if for_hidden:
+        d_hidden = student.new_empty(student.shape, dtype=torch.float32)
+    if for_head:
+        summed = student_head.dtype if mode == "no_logits" else head_sum_dtype(student_head, accumulate)
+        d_head = student.new_empty(student_head.shape, dtype=summed)
+    return scalar, labels.new_empty((), dtype=torch.int32), torch.empty_like(scalar), d_hidden, d_head
+
+
+@graph_op("linear_distillation", fake=_fake_run)
+def _run(
+    student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor, for_hidden: bool,
+    for_head: bool, kind: str, numbers: list[float], ignore_index: int, vocab: int, chunk_bytes: int, mode: str,
+    accumulate: str, config: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the loss sum, the number of labels, the gradients' unit, and both gradients in that unit (or empty)."""
+    num_tokens = (labels != ignore_index).sum(dtype=torch.int32)
+    unit = unit_of(num_tokens, student.dtype)
+    summed = student_head.dtype if mode == "no_logits" else head_sum_dtype(student_head, accumulate)
+    sums = GradientSums(student, student_head, vocab, for_hidden=for_hidden, for_head=for_head, head_dtype=summed)
+    cut = LossConfig(*config)
+    shape = cut if cut.block else choose_config(vocab)
+    inverse, weight, _, label_weight, _ = numbers
+    terms, slopes = coefficients(kind, weight)
+    options = {
+        "KIND": DIVERGENCES.index(kind), "HARD": label_weight > 0.0, "COLD": inverse != 1.0, "BLOCK": shape.block,
+        "STAGES": shape.stages or 1, "num_warps": shape.num_warps,
+    }  # fmt: skip
+    losses = torch.empty(student.shape[0], dtype=torch.float32, device=student.device)
+    rows = (labels, losses, unit)
+    walk = _in_chunks if mode == "chunked" else _in_tiles
+    with on_device(student):
+        walk(
+            (student, student_head[:vocab]), (teacher, teacher_head[:vocab]), rows, sums, for_hidden or for_head,
+            (ignore_index, *numbers, *terms, *slopes), chunk_bytes, cut, options,
+        )  # fmt: skip
+    return losses.sum(dtype=torch.float64).float(), num_tokens, unit, sums.hidden_XD, sums.head_VD
+
+
+def _in_chunks(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], rows_of: tuple[Tensor, Tensor, Tensor],
+    sums: GradientSums, write: bool, numbers: tuple[float, ...], budget: int, cut: LossConfig, options: dict[str, Any],
+) -> None:  # fmt: skip
+    (hidden, head), (labels, losses, unit) = student, rows_of
+    (num_rows, _), vocab = hidden.shape, head.shape[0]
+    plan = plan_chunks(num_rows, vocab, models=2, slope_bytes=hidden.element_size() * write, budget=budget)
+    rows, logit_rows = cut.rows or plan.rows, cut.logit_rows or plan.logit_rows
+    padded = padded_columns(vocab)
+    logits = torch.empty(2, min(logit_rows, num_rows), padded, dtype=torch.float32, device=hidden.device)
+    slopes = hidden.new_empty(min(rows, num_rows) if write else 1, padded)
+    for chunk in pieces(num_rows, rows):
+        states = hidden[chunk]
+        for part in pieces(len(states), logit_rows):
+            count, place = part.stop - part.start, chunk.start + part.start
+            product(states[part], head.T, logits[0, :count, :vocab])
+            product(teacher[0][place : place + count], teacher[1].T, logits[1, :count, :vocab])
+            kernels.row_kernel[(count,)](
+                logits[0], logits[1], slopes[part] if write else slopes, labels[place:], losses[place:], unit, vocab,
+                padded, *numbers, WRITE=write, **options,
+            )  # fmt: skip
+        if write:
+            sums.add_rows(slopes[: len(states), :vocab], states, chunk, cut.hidden_splits)
+
+
+def _in_tiles(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], rows_of: tuple[Tensor, Tensor, Tensor],
+    sums: GradientSums, write: bool, numbers: tuple[float, ...], budget: int, cut: LossConfig, options: dict[str, Any],
+) -> None:  # fmt: skip
+    del cut
+    (hidden, head), (labels, losses, unit) = student, rows_of
+    (num_rows, _), vocab = hidden.shape, head.shape[0]
+    columns = plan_columns(num_rows, vocab, models=2, slope_bytes=hidden.element_size() * write, budget=budget)
+    logits = torch.empty(2, num_rows, columns, dtype=torch.float32, device=hidden.device)
+    slopes = hidden.new_empty(num_rows if write else 1, columns)
+    state = torch.empty(7, num_rows, dtype=torch.float32, device=hidden.device)
+    inverse = numbers[1]
+    for ids in pieces(vocab, columns):
+        width = _both_logits(student, teacher, logits, ids)
+        kernels.tile_sums[(num_rows,)](
+            logits[0], logits[1], labels, state, ids.start, width, columns, num_rows, inverse, **options
+        )
+    last = {name: value for name, value in options.items() if name != "COLD"}
+    for ids in pieces(vocab, columns):
+        width = _both_logits(student, teacher, logits, ids)
+        kernels.tile_slopes[(num_rows,)](
+            logits[0], logits[1], slopes, labels, losses, state, unit, ids.start, width, columns, vocab, num_rows,
+            *numbers, WRITE=write, **last,
+        )  # fmt: skip
+        if write:
+            sums.add_columns(slopes[:, :width], hidden, ids)
+
+
+def _both_logits(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], logits: Tensor, ids: slice) -> int:
+    width = int(ids.stop - ids.start)
+    for (hidden, head), out in zip((student, teacher), logits, strict=True):
+        product(hidden, head[ids].T, out[:, :width])
+    return width

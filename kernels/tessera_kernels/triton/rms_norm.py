@@ -1,0 +1,277 @@
+"""RMSNorm, forward and backward, with and without the residual add before it.
+
+    y = x r g,  r = 1 / sqrt(mean(x^2) + eps)                              (Zhang & Sennrich 2019, arXiv 1910.07467)
+    dx = r (u - n mean(u n)) [+ dtotal],  dg = sum over rows of dy n,  with n = x r, u = dy g
+
+       columns D ->                     HBM        x, residual, dy read once; y, sum, dx written once; r [X] float32 saved
+    +----------------+  ROWS rows       registers  the tile in float32, the gain, and (backward) the program's dg
+    | block of rows  |  a program       shared     what the loop prefetches (STAGES tiles), sums across warps
+    +----------------+
+    | next program   |  forward: one block a program, or persistent programs that stride over the blocks
+    +----------------+  backward: persistent, dg partials [programs, D] in HBM and one small kernel that adds them up
+
+Rows wider than the largest tile are walked in pieces, twice; the second time they come from L2. Rounding is that of
+`tessera_kernels.reference.rms_norm`: the sum x + residual rounds before it is normed, and with `gain_after_cast` the
+unit row rounds before the gain. Sums are deterministic; a row's result does not depend on the other rows.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# ruff: noqa: ARG001 - a fake takes what its op takes
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tessera_kernels.checks import (
+    expect_dtype,
+    expect_same_device,
+    expect_same_dtype,
+    expect_shape,
+    expect_triton_device,
+)
+from tessera_kernels.triton import _rms_norm_kernels as kernels
+from tessera_kernels.triton._launch import (
+    FLOATS,
+    SHARED_BYTES,
+    as_rows,
+    expect_prefetch,
+    expect_tile,
+    graph_op,
+    num_programs,
+    num_sms,
+    on_device,
+)
+
+
+class RowConfig(NamedTuple):
+    """How one direction is cut up. Integers only: it travels through a custom op's schema."""
+
+    block: int  # most columns of a tile; wider rows are looped
+    rows: int  # rows of a tile
+    num_warps: int
+    programs_per_sm: int  # 0 = a program for each block of rows; the backward needs at least 1
+    stages: int  # depth of the prefetch in the row loop; 1 = none
+
+
+class NormConfig(NamedTuple):
+    """One configuration of both directions."""
+
+    forward: RowConfig
+    backward: RowConfig
+
+
+CONFIGS: tuple[NormConfig, ...] = (
+    NormConfig(RowConfig(32768, 1, 4, 0, 1), RowConfig(16384, 1, 4, 4, 2)),
+    NormConfig(RowConfig(32768, 1, 8, 0, 1), RowConfig(16384, 1, 8, 2, 2)),
+    NormConfig(RowConfig(32768, 1, 8, 4, 3), RowConfig(16384, 1, 8, 2, 3)),
+    NormConfig(RowConfig(32768, 1, 16, 0, 1), RowConfig(16384, 1, 16, 1, 2)),
+    NormConfig(RowConfig(32768, 1, 16, 2, 2), RowConfig(16384, 1, 16, 1, 3)),
+    NormConfig(RowConfig(32768, 1, 32, 0, 1), RowConfig(16384, 1, 32, 1, 2)),
+    NormConfig(RowConfig(8192, 2, 4, 0, 1), RowConfig(8192, 2, 8, 2, 2)),
+    NormConfig(RowConfig(1024, 8, 4, 0, 1), RowConfig(1024, 4, 4, 4, 2)),
+    NormConfig(RowConfig(256, 16, 4, 0, 1), RowConfig(256, 16, 4, 4, 2)),
+)
+"""Every configuration that the GPU lane runs and the sweep times; `choose_config` picks for a width."""
+
+
+def choose_config(width: int, itemsize: int) -> NormConfig:
+    """Return the configuration for rows of `width` elements of `itemsize` bytes. The number of rows plays no part, so
+    that a row alone equals the row in a batch."""
+    row_bytes = triton.next_power_of_2(width) * itemsize
+    if row_bytes <= 1024:
+        rows = max(1, 4096 // max(row_bytes, 128))
+        return NormConfig(RowConfig(1024, rows, 4, 0, 1), RowConfig(1024, rows, 4, 4, 2))
+    warps = min(16, max(4, row_bytes // 1024))
+    stages = 2
+    if row_bytes > 16384:  # one program fills a multiprocessor: only what it reads ahead keeps memory busy
+        stages = max(1, min(3, (SHARED_BYTES - 4096) // (3 * min(row_bytes, 16384 * itemsize))))
+    forward = RowConfig(32768, 1, warps if row_bytes < 65536 else 32, 0, 1)
+    return NormConfig(forward, RowConfig(16384, 1, warps, max(1, 24 // warps), stages))
+
+
+def rms_norm(
+    x_XD: Tensor, gain_D: Tensor, *, eps: float, gain_after_cast: bool = False, config: NormConfig | None = None
+) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * gain over the last axis, in x's dtype; any leading dimensions.
+
+    float16, bfloat16 or float32, gain of the same dtype. Rows may be strided; a stride within a row is copied away.
+    `KernelError` says what does not fit.
+    """
+    _check(x_XD, gain_D)
+    if x_XD.numel() == 0:
+        return x_XD * gain_D
+    forward, backward = (list(part) for part in config or ((), ()))
+    y_XD = _Norm.apply(as_rows(x_XD), gain_D, float(eps), gain_after_cast, forward, backward)
+    return y_XD.view(x_XD.shape)  # type: ignore[no-any-return]
+
+
+def add_rms_norm(
+    x_XD: Tensor,
+    residual_XD: Tensor,
+    gain_D: Tensor,
+    *,
+    eps: float,
+    gain_after_cast: bool = False,
+    config: NormConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (rms_norm(x + residual), x + residual) in one pass. Both inputs have one shape and dtype."""
+    _check(x_XD, gain_D)
+    expect_same_device({"x_XD": x_XD, "residual_XD": residual_XD})
+    expect_same_dtype({"x_XD": x_XD, "residual_XD": residual_XD})
+    expect_shape("residual_XD", residual_XD, x_XD.shape, "it is added to x_XD")
+    if x_XD.numel() == 0:
+        total_XD = x_XD + residual_XD
+        return total_XD * gain_D, total_XD
+    forward, backward = (list(part) for part in config or ((), ()))
+    y_XD, total_XD = _AddNorm.apply(
+        as_rows(x_XD), as_rows(residual_XD), gain_D, float(eps), gain_after_cast, forward, backward
+    )
+    return y_XD.view(x_XD.shape), total_XD.view(x_XD.shape)
+
+
+def _check(x_XD: Tensor, gain_D: Tensor) -> None:
+    expect_triton_device("x_XD", x_XD)
+    expect_dtype("x_XD", x_XD, *FLOATS)
+    expect_same_device({"x_XD": x_XD, "gain_D": gain_D})
+    expect_same_dtype({"x_XD": x_XD, "gain_D": gain_D})
+    expect_shape("gain_D", gain_D, x_XD.shape[-1:], "there is one gain for each column of x_XD")
+
+
+class _Norm(torch.autograd.Function):
+    """Autograd's view of `rms_norm`: x [X, D] and gain -> y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, eps: float, after_cast: bool, forward: list[int], backward: list[int]
+    ) -> Tensor:
+        y, _, rstd = _run_forward(x, None, gain, eps, after_cast, forward)
+        ctx.save_for_backward(x, gain, rstd)
+        ctx.after_cast, ctx.config = after_cast, backward
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, rstd = ctx.saved_tensors
+        dx, dgain = _run_backward(dy, x, gain, rstd, None, ctx.after_cast, ctx.config)
+        return dx, dgain, None, None, None, None
+
+
+class _AddNorm(torch.autograd.Function):
+    """Autograd's view of `add_rms_norm`: x and residual [X, D] and gain -> y and the sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, gain: Tensor, eps: float, after_cast: bool,
+        forward: list[int], backward: list[int],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        y, total, rstd = _run_forward(x, residual, gain, eps, after_cast, forward)
+        ctx.save_for_backward(total, gain, rstd)
+        ctx.after_cast, ctx.config = after_cast, backward
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dtotal, dtotal, None, None, None, None, None
+        total, gain, rstd = ctx.saved_tensors
+        dx, dgain = _run_backward(dy, total, gain, rstd, dtotal, ctx.after_cast, ctx.config)
+        return dx, dx, dgain, None, None, None, None
+
+
+def _fake_forward(
+    x: Tensor, residual: Tensor | None, gain: Tensor, eps: float, gain_after_cast: bool, config: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = torch.empty_like(y) if residual is not None else x.new_empty(0)
+    return y, total, x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@graph_op("rms_norm_forward", fake=_fake_forward)
+def _run_forward(
+    x: Tensor, residual: Tensor | None, gain: Tensor, eps: float, gain_after_cast: bool, config: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, x + residual (empty without one) and 1 / root of the mean square, for each row."""
+    num_rows, width = x.shape
+    cut = RowConfig(*config) if config else choose_config(width, x.element_size()).forward
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty_like(y) if residual is not None else x.new_empty(0)
+    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    other = x if residual is None else residual
+    pointers = (x, other, gain.contiguous(), y, total, rstd, x.stride(0), other.stride(0))
+    flags = {"ADD": residual is not None, "GAIN_AFTER_CAST": gain_after_cast, "num_warps": cut.num_warps}
+    block = min(cut.block, triton.next_power_of_2(width))
+    with on_device(x):
+        if width > block:
+            kernels.forward_wide[(num_rows,)](*pointers, eps, D=width, BLOCK_D=block, **flags)
+            return y, total, rstd
+        expect_tile("rows x block", cut.rows * block, cut.num_warps)
+        expect_prefetch(cut.rows * block * x.element_size() * (1 + (residual is not None)), cut.stages)
+        grid = (num_programs(triton.cdiv(num_rows, cut.rows), cut.programs_per_sm, x.device),)
+        kernels.forward[grid](
+            *pointers, num_rows, eps, D=width, BLOCK_D=block, ROWS=cut.rows,
+            EVEN_ROWS=num_rows % cut.rows == 0, STAGES=cut.stages, **flags,
+        )  # fmt: skip
+    return y, total, rstd
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, dtotal: Tensor | None, gain_after_cast: bool, config: list[int]
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), gain.new_empty(gain.shape)
+
+
+@graph_op("rms_norm_backward", fake=_fake_backward)
+def _run_backward(
+    dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, dtotal: Tensor | None, gain_after_cast: bool, config: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Return dx (with dtotal added, when there is one) and dgain."""
+    num_rows, width = x.shape
+    cut = RowConfig(*config) if config else choose_config(width, x.element_size()).backward
+    dy = as_rows(dy)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    passed = dy if dtotal is None else as_rows(dtotal)
+    gain, strides = gain.contiguous(), (dy.stride(0), x.stride(0), passed.stride(0))
+    flags = {"ADD": dtotal is not None, "GAIN_AFTER_CAST": gain_after_cast, "num_warps": cut.num_warps}
+    block = min(cut.block, triton.next_power_of_2(width))
+    with on_device(x):
+        if width > block:
+            kernels.backward_wide[(num_rows,)](dy, x, gain, rstd, passed, dx, *strides, D=width, BLOCK_D=block, **flags)
+            return dx, _sum_over_rows(_wide_partials(dy, x, rstd, gain_after_cast), gain)
+        expect_tile("rows x block", cut.rows * block, cut.num_warps)
+        expect_prefetch(cut.rows * block * x.element_size() * (2 + (dtotal is not None)), cut.stages)
+        programs = num_programs(triton.cdiv(num_rows, cut.rows), max(1, cut.programs_per_sm), x.device)
+        partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+        kernels.backward[(programs,)](
+            dy, x, gain, rstd, passed, dx, partial, *strides, num_rows, D=width, BLOCK_D=block, ROWS=cut.rows,
+            EVEN_ROWS=num_rows % cut.rows == 0, STAGES=cut.stages, **flags,
+        )  # fmt: skip
+        return dx, _sum_over_rows(partial, gain)
+
+
+def _wide_partials(dy: Tensor, x: Tensor, rstd: Tensor, gain_after_cast: bool) -> Tensor:
+    num_rows, width = x.shape
+    block = 1024
+    columns = triton.cdiv(width, block)
+    runs = min(num_rows, max(1, 4 * num_sms(x.device) // columns))
+    rows_per_program = triton.cdiv(num_rows, runs)
+    partial = torch.empty(triton.cdiv(num_rows, rows_per_program), width, dtype=torch.float32, device=x.device)
+    kernels.gain_partials_wide[(columns, partial.shape[0])](
+        dy, x, rstd, partial, dy.stride(0), x.stride(0), num_rows, rows_per_program,
+        D=width, BLOCK_D=block, GAIN_AFTER_CAST=gain_after_cast, num_warps=4,
+    )  # fmt: skip
+    return partial
+
+
+def _sum_over_rows(partial: Tensor, gain: Tensor) -> Tensor:
+    dgain = torch.empty(gain.shape, dtype=gain.dtype, device=gain.device)
+    columns = 32
+    kernels.sum_partials[(triton.cdiv(dgain.numel(), columns),)](
+        partial, dgain, partial.shape[0], D=dgain.numel(), BLOCK_P=128, BLOCK_D=columns, num_warps=8
+    )
+    return dgain

@@ -1,0 +1,236 @@
+"""The linear cross-entropy on the CPU interpreter: digits near convergence, plans, autograd's corners, bad input."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tessera_kernels.reference import linear_cross_entropy as plain
+from tessera_kernels.triton import linear_cross_entropy as fused
+from tessera_kernels.triton._linear_loss import LossConfig, padded_columns, plan_chunks, plan_columns
+from tessera_parity.kernel_budget import FACTOR, noise_floor, roundoff
+from tessera_shared.errors import KernelError
+
+X, D, V = 9, 24, 199
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    stream = torch.Generator().manual_seed(3)
+    hidden, head = torch.randn(X, D, generator=stream), torch.randn(V, D, generator=stream)
+    labels = torch.randint(0, V, (X,), generator=stream)
+    labels[[4, 7]] = -100  # 7 are left: no power of two
+    return hidden.to(dtype), head.to(dtype), labels
+
+
+def converged(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """A head whose row of the right label points along the hidden state: no loss is above 1e-3."""
+    stream = torch.Generator().manual_seed(5)
+    hidden = torch.randn(X, D, generator=stream)
+    head = 0.1 * torch.randn(V, D, generator=stream)
+    labels = torch.randperm(V, generator=stream)[:X]
+    gain = torch.linspace(1.2, 1.6, X)[:, None]
+    head[labels] += gain * hidden * (12.0 / hidden.square().sum(-1, keepdim=True))
+    return hidden.to(dtype), head.to(dtype), labels
+
+
+def gradients(op, hidden: Tensor, head: Tensor, labels: Tensor, **options) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    loss, count = op.linear_cross_entropy(hidden, head, labels, **options)
+    (loss / count).backward()
+    assert hidden.grad is not None
+    assert head.grad is not None
+    return loss.detach(), hidden.grad, head.grad
+
+
+def error(ours: Tensor, truth: Tensor) -> float:
+    return float((ours.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_bytes": 6 * 256 * 2}, {"mode": "no_logits", "chunk_bytes": 6 * 64 * X}]
+)
+def test_near_convergence_loss_and_gradients_keep_the_digits_of_float32_logits(options: dict) -> None:
+    hidden, head, labels = converged(torch.bfloat16)
+    truth = gradients(plain, hidden.double(), head.double(), labels)
+    assert float(truth[0]) / X < 1e-3
+    ours = gradients(fused, hidden, head, labels, **options)
+    logits = hidden.float() @ head.float().T
+    eye = torch.eye(V, dtype=torch.float64)
+    best = plain.linear_cross_entropy(logits.double(), eye, labels)[0]
+    floor = noise_floor(torch.float32, magnitude=1.0, length=V)
+    assert error(ours[0], truth[0]) <= FACTOR * error(best, truth[0]) + floor
+    slopes = gradients(plain, logits.double(), eye, labels)[1].bfloat16().double()
+    rounded = (slopes @ head.double()).bfloat16(), (slopes.T @ hidden.double()).bfloat16()
+    for found, ideal, true in zip(ours[1:], rounded, truth[1:], strict=True):
+        assert error(found, true) <= FACTOR * error(ideal, true)
+    older = gradients(plain, hidden, head, labels)
+    assert error(older[1], truth[1]) > 2 * FACTOR * error(ours[1], truth[1])
+
+
+def test_given_logits_cost_no_digits_however_small_the_loss_is() -> None:
+    logits = 0.5 * torch.randn(X, V, generator=torch.Generator().manual_seed(6))
+    logits[:, 0] = torch.linspace(8.0, 24.0, X)
+    given_ = logits, torch.eye(V), torch.zeros(X, dtype=torch.int64)
+    truth = gradients(plain, logits.double(), torch.eye(V).double(), given_[2])
+    floor = noise_floor(torch.float32, magnitude=1.0, length=V)
+    for row in range(X):
+        ours = gradients(fused, logits[row : row + 1], *given_[1:2], given_[2][:1])
+        true = gradients(plain, logits[row : row + 1].double(), torch.eye(V).double(), given_[2][:1])
+        assert error(ours[0], true[0]) <= floor
+        assert error(ours[1], true[1]) <= floor
+    assert error(gradients(fused, *given_)[0], truth[0]) <= floor
+
+
+@given(
+    rows=st.integers(1, 20000),
+    vocab=st.integers(1, 300000),
+    models=st.sampled_from([1, 2]),
+    slope_bytes=st.sampled_from([0, 2, 4]),
+    budget=st.integers(2**10, 2**31),
+)
+def test_chunks_fit_the_budget_and_are_as_few_as_their_size_allows(
+    rows: int, vocab: int, models: int, slope_bytes: int, budget: int
+) -> None:
+    line = padded_columns(vocab)
+    if budget < line * (4 * models + slope_bytes):
+        with pytest.raises(KernelError, match="chunk_bytes = "):
+            plan_chunks(rows, vocab, models=models, slope_bytes=slope_bytes, budget=budget)
+        return
+    plan = plan_chunks(rows, vocab, models=models, slope_bytes=slope_bytes, budget=budget)
+    assert 1 <= plan.logit_rows <= plan.rows
+    assert line * (plan.logit_rows * 4 * models + plan.rows * slope_bytes) <= budget
+    assert plan.rows <= rows + 127
+
+
+def test_the_promised_memory_of_the_issues_shapes() -> None:
+    plan = plan_chunks(8192, 128256, models=1, slope_bytes=2, budget=fused.CHUNK_BYTES["chunked"])
+    assert plan.rows >= 1664
+    assert plan.logit_rows >= 256
+    hidden_extra = 8192 * 2048 * (4 - 2)  # d hidden is summed in float32 and returned in bfloat16
+    assert fused.CHUNK_BYTES["chunked"] + hidden_extra <= 0.6 * 2**30
+    assert plan_columns(8192, 128256, models=1, slope_bytes=2, budget=fused.CHUNK_BYTES["no_logits"]) >= 1024
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_a_frozen_input_gets_no_gradient_and_the_other_keeps_its_bits(frozen: str) -> None:
+    hidden, head, labels = inputs(torch.bfloat16)
+    _, d_hidden, d_head = gradients(fused, hidden, head, labels)
+    hidden, head = hidden.requires_grad_(frozen != "hidden"), head.requires_grad_(frozen != "head")
+    loss, count = fused.linear_cross_entropy(hidden, head, labels)
+    (loss / count).backward()
+    assert (hidden.grad is None) == (frozen == "hidden")
+    assert torch.equal(head.grad if frozen == "hidden" else hidden.grad, d_head if frozen == "hidden" else d_hidden)
+
+
+def test_without_gradients_only_the_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, labels = inputs()
+    expected = gradients(fused, hidden, head, labels)[0]
+    monkeypatch.setattr(fused.GradientSums, "add_rows", None)
+    assert torch.equal(fused.linear_cross_entropy(hidden, head, labels)[0], expected)
+
+
+def test_a_leaf_that_wants_float32_gets_the_running_sum_itself() -> None:
+    hidden, head, labels = inputs(torch.bfloat16)
+    rounded = gradients(fused, hidden, head, labels, chunk_bytes=6 * 256 * 2)[2]
+    head.requires_grad_().grad_dtype = torch.float32
+    loss, count = fused.linear_cross_entropy(hidden, head, labels, chunk_bytes=6 * 256 * 2)
+    (loss / count).backward()
+    assert head.grad.dtype == torch.float32
+    assert torch.equal(head.grad.bfloat16(), rounded)
+    assert not torch.equal(head.grad, rounded.float())
+
+
+def test_a_mean_over_tokens_multiplies_nothing_and_rounds_once() -> None:
+    hidden, head, labels = inputs(torch.bfloat16)
+    by_mean = gradients(fused, hidden, head, labels, accumulate="head")[2]
+    head.requires_grad_()
+    loss, count = fused.linear_cross_entropy(hidden, head, labels, accumulate="head")
+    by_sum = torch.autograd.grad(loss, head)[0]
+    truth = gradients(plain, hidden.double(), head.detach().double(), labels)[2]
+    assert error(by_mean, truth) <= error(by_sum.double() / count, truth)
+
+
+def test_a_second_backward_raises_instead_of_scaling_twice() -> None:
+    hidden, head, labels = inputs()
+    loss, _ = fused.linear_cross_entropy(hidden.requires_grad_(), head, labels)
+    torch.autograd.grad(3.0 * loss, hidden, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, hidden)
+
+
+def test_a_label_that_is_no_id_makes_loss_and_gradient_nan() -> None:
+    hidden, head, labels = inputs()
+    for wrong in (V, -1):
+        labels[0] = wrong
+        loss, d_hidden, _ = gradients(fused, hidden, head, labels)
+        assert loss.isnan()
+        assert d_hidden[0].isnan().all()
+        assert d_hidden[1:].isfinite().all()
+
+
+def test_nan_in_one_row_stays_in_that_row() -> None:
+    hidden, head, labels = inputs()
+    hidden[2, 1] = torch.nan
+    loss, d_hidden, _ = gradients(fused, hidden, head, labels)
+    assert loss.isnan()
+    assert d_hidden[2].isnan().all()
+    assert d_hidden[torch.arange(X) != 2].isfinite().all()
+
+
+# torch's own tracer makes an instance of every autograd.Function, which torch deprecates
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_call_gives_what_an_eager_call_gives() -> None:
+    hidden, head, labels = inputs()
+
+    def mean(hidden: Tensor, head: Tensor) -> Tensor:
+        loss, count = fused.linear_cross_entropy(hidden, head, labels, softcap=5.0)
+        return loss / count
+
+    expected = torch.autograd.grad(mean(hidden.requires_grad_(), head.requires_grad_()), (hidden, head))
+    compiled = torch.compile(mean, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(hidden, head), (hidden, head))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert error(ours, theirs.double()) <= FACTOR * roundoff(torch.float32)
+
+
+def test_configurations_of_the_row_kernel_agree() -> None:
+    hidden, head, labels = inputs()
+    losses = {
+        float(fused.linear_cross_entropy(hidden, head, labels, config=config)[0])
+        for config in (*fused.CONFIGS[:2], LossConfig(rows=4, logit_rows=2, block=16, num_warps=1, stages=1))
+    }
+    assert max(losses) - min(losses) <= noise_floor(torch.float32, magnitude=max(losses), length=V)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_XD": torch.zeros(2, 3, D)}, "expected 2 dimensions"),
+        ({"hidden_XD": torch.zeros(X, D, dtype=torch.float64)}, "hidden_XD.dtype = float64"),
+        ({"hidden_XD": torch.zeros(X, D + 1)}, r"head_VD.shape = \[199, 24\]: expected \[any, 25\]"),
+        ({"head_VD": torch.zeros(V, D, dtype=torch.bfloat16)}, "head_VD.dtype = bfloat16"),
+        ({"head_VD": torch.zeros(0, D)}, "a vocabulary and a width of at least 1"),
+        ({"head_VD": torch.zeros(2 * V, 2 * D)[::2, ::2]}, "expected 1 in one dimension"),
+        ({"labels_X": torch.zeros(X + 1, dtype=torch.int64)}, r"labels_X.shape = \[10\]"),
+        ({"labels_X": torch.zeros(X)}, "labels_X.dtype = float32"),
+        ({"mode": "vocab"}, "mode = 'vocab'"),
+        ({"accumulate": "half"}, "accumulate = 'half'"),
+        ({"chunk_bytes": 100}, "chunk_bytes = 100: expected at least"),
+        ({"chunk_bytes": 0}, "chunk_bytes = 0"),
+        ({"chunk_bytes": 100, "mode": "no_logits"}, "a tile has 9 rows"),
+        ({"vocab_size": V + 1}, "vocab_size = 200: expected 1 to 199"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(change: dict, words: str) -> None:
+    hidden, head, labels = inputs()
+    given_ = {"hidden_XD": hidden, "head_VD": head, "labels_X": labels} | change
+    with pytest.raises(KernelError, match=words) as caught:
+        fused.linear_cross_entropy(**given_)
+    assert "\n" not in str(caught.value)
+
+
+def test_float16_is_not_summed_in_float16() -> None:
+    hidden, head, labels = inputs(torch.float16)
+    with pytest.raises(KernelError, match="accumulate = 'head' with float16"):
+        fused.linear_cross_entropy(hidden, head, labels, accumulate="head")

@@ -1,0 +1,226 @@
+"""Which implementation of the heavy operations the torch half uses: a plain, explicit choice, told once.
+
+`reference` is the plain model of this half, the one that parity pairs. `triton` and `cuda` are the kernels of
+`tessera_kernels`, reached through `tessera_torch.fast`. `auto` takes the kernels where they can run and says why or why
+not; a choice that was asked for by name and cannot run raises.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from tessera_kernels.checks import is_interpreting
+from tessera_shared.errors import KernelError, MissingDependency
+from tessera_shared.kernel_choice import check_kernels
+from tessera_shared.numerics import Numerics
+from tessera_shared.objectives import Divergence, Objective
+from tessera_shared.spec import ModelSpec
+
+WIDEST_HEAD = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ops:
+    """The operations that `tessera_torch.fast` is built of; signatures as in `tessera_kernels.reference`."""
+
+    name: str
+    flash_attention: Callable[..., Any]
+    flash_attention_varlen: Callable[..., Any]
+    rms_norm: Callable[..., Any]
+    add_rms_norm: Callable[..., Any]
+    apply_rope_: Callable[..., Any]
+    swiglu: Callable[..., Any]
+    linear_cross_entropy: Callable[..., Any]
+    linear_distillation: Callable[..., Any]
+    adamw_flat_: Callable[..., Any]
+    decode: Callable[[], "DecodeOps"]  # imports what only generation needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOps:
+    """The operations of a decoding step beside those of `Ops`."""
+
+    paged_attention: Callable[..., Any]
+    sample: Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was chosen: the operations, or None for the plain model; and one line that says why."""
+
+    ops: Ops | None
+    why: str
+
+
+def choose(
+    kernels: str,
+    *,
+    device: str,
+    numerics: Numerics,
+    spec: ModelSpec,
+    objective: Objective | None = None,
+    teacher: ModelSpec | None = None,
+    compiled: bool = False,
+) -> Choice:
+    """Return what `kernels` ("auto", "triton", "cuda", "reference") means here; `why` is for a person to read, once.
+
+    Raises `KernelError` for an unknown choice or one that this model or objective rules out, and `MissingDependency`
+    where the compiler or the GPU is missing. `auto` never raises.
+    """
+    check_kernels(kernels, backend="torch")
+    if kernels == "reference":
+        return Choice(ops=None, why="kernels: reference (plain torch), as asked")
+    found = obstacles(
+        device=device, numerics=numerics, spec=spec, objective=objective, teacher=teacher, compiled=compiled,
+        interpreter=kernels == "triton",
+    )  # fmt: skip
+    obstacle = next(found, None)
+    if kernels == "cuda" and obstacle is None:
+        obstacle = MissingDependency(
+            "kernels = 'cuda': expected CUDA C++ kernels, because they were asked for by name, and none is part of this "
+            "version; try kernels='triton'"
+        )
+    if kernels == "auto":
+        if obstacle is not None:
+            return Choice(ops=None, why=f"kernels: auto took reference (plain torch), because {_reason(obstacle)}")
+        return Choice(
+            ops=triton_ops(), why=f"kernels: auto took triton, because {device} and {numerics.compute} suit it"
+        )
+    if obstacle is not None:
+        raise obstacle
+    return Choice(ops=triton_ops(), why=f"kernels: {kernels}, as asked")
+
+
+def obstacles(
+    *,
+    device: str,
+    numerics: Numerics,
+    spec: ModelSpec,
+    objective: Objective | None = None,
+    teacher: ModelSpec | None = None,
+    compiled: bool = False,
+    interpreter: bool = False,
+) -> Iterator[MissingDependency | KernelError]:
+    """Yield every reason why the kernels cannot run this model here, as the error to raise.
+
+    Triton's interpreter, where it is switched on, counts as a device only with `interpreter`: it is for looking closely.
+    """
+    if find_spec("triton") is None:
+        yield MissingDependency(
+            "triton = not installed: expected the package, because the kernels are written in it; try kernels='reference'"
+        )
+    if not device.startswith("cuda") and not (interpreter and is_interpreting()):
+        yield MissingDependency(
+            f"device = {device!r}: expected cuda, because kernels are compiled for a GPU; try kernels='reference'"
+        )
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        yield MissingDependency("device = 'cuda': expected a GPU, because torch sees none here; try --device cpu")
+    if numerics.compute not in ("bfloat16", "float32"):
+        yield _refusal("dtype", numerics.compute, "bfloat16 or float32", "the kernels compute in float32 inside")
+    if compiled:
+        yield _refusal("compile", True, "--no-compile", "the fused step writes its state in place")
+    for name, model in (("head_width", spec), ("the teacher's head_width", teacher)):
+        if model is not None and (model.head_width % 16 or model.head_width > WIDEST_HEAD):
+            wanted = f"a multiple of 16 up to {WIDEST_HEAD}"
+            yield _refusal(name, model.head_width, wanted, "tensor cores take tiles of 16")
+    if objective is not None:
+        yield from _objective_obstacles(objective, spec, teacher)
+
+
+def _objective_obstacles(objective: Objective, spec: ModelSpec, teacher: ModelSpec | None) -> Iterator[KernelError]:
+    options = objective.distil
+    if options is None:
+        return
+    fused = (
+        Divergence.FORWARD_KL, Divergence.REVERSE_KL, Divergence.GENERALIZED_JSD, Divergence.SKEW_KL,
+        Divergence.SKEW_REVERSE_KL,
+    )  # fmt: skip
+    if options.divergence not in fused:
+        names = ", ".join(one.value for one in fused)
+        yield _refusal(
+            "divergence", options.divergence.value, f"one of {names}", "these are fused with the unembedding"
+        )
+    if options.top_k is not None:
+        yield _refusal("top_k", options.top_k, "None", "the fused loss sums over the whole vocabulary")
+    if options.detach_mixture:
+        yield _refusal("detach_mixture", True, "False", "the fused loss differentiates through the mixture")
+    if any(model is not None and model.logit_softcap is not None for model in (spec, teacher)):
+        yield _refusal("logit_softcap", spec.logit_softcap, "None", "the fused distillation loss has no soft cap")
+
+
+def triton_ops() -> Ops:
+    """Return the Triton kernels. Imports triton."""
+    from tessera_kernels.triton.adamw import adamw_flat_
+    from tessera_kernels.triton.flash_attention import flash_attention, flash_attention_varlen
+    from tessera_kernels.triton.linear_cross_entropy import linear_cross_entropy
+    from tessera_kernels.triton.linear_distillation import linear_distillation
+    from tessera_kernels.triton.rms_norm import add_rms_norm, rms_norm
+    from tessera_kernels.triton.rope import apply_rope_
+    from tessera_kernels.triton.swiglu import swiglu
+
+    return Ops(
+        name="triton",
+        flash_attention=flash_attention,
+        flash_attention_varlen=flash_attention_varlen,
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        apply_rope_=apply_rope_,
+        swiglu=swiglu,
+        linear_cross_entropy=linear_cross_entropy,
+        linear_distillation=linear_distillation,
+        adamw_flat_=adamw_flat_,
+        decode=_triton_decode_ops,
+    )
+
+
+def reference_ops() -> Ops:
+    """Return the kernels' references: the same structure in plain torch, on any device, float64 included.
+
+    This is what the wiring of `tessera_torch.fast` is held against the oracle with.
+    """
+    from tessera_kernels.reference.adamw import adamw_flat_
+    from tessera_kernels.reference.flash_attention import flash_attention, flash_attention_varlen
+    from tessera_kernels.reference.linear_cross_entropy import linear_cross_entropy
+    from tessera_kernels.reference.linear_distillation import linear_distillation
+    from tessera_kernels.reference.rms_norm import add_rms_norm, rms_norm
+    from tessera_kernels.reference.rope import apply_rope_
+    from tessera_kernels.reference.swiglu import swiglu
+
+    return Ops(
+        name="reference",
+        flash_attention=flash_attention,
+        flash_attention_varlen=flash_attention_varlen,
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        apply_rope_=apply_rope_,
+        swiglu=swiglu,
+        linear_cross_entropy=linear_cross_entropy,
+        linear_distillation=linear_distillation,
+        adamw_flat_=adamw_flat_,
+        decode=_reference_decode_ops,
+    )
+
+
+def _triton_decode_ops() -> DecodeOps:
+    from tessera_kernels.triton.paged_attention import paged_attention
+    from tessera_kernels.triton.sample import sample
+
+    return DecodeOps(paged_attention=paged_attention, sample=sample)
+
+
+def _reference_decode_ops() -> DecodeOps:
+    from tessera_kernels.reference.paged_attention import paged_attention
+    from tessera_kernels.reference.sample import sample
+
+    return DecodeOps(paged_attention=paged_attention, sample=sample)
+
+
+def _refusal(what: str, value: object, wanted: str, because: str) -> KernelError:
+    return KernelError(f"{what} = {value}: expected {wanted}, because {because}; try kernels='reference'")
+
+
+def _reason(obstacle: Exception) -> str:
+    return str(obstacle).partition("; try ")[0]
