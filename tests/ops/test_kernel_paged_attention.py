@@ -144,16 +144,20 @@ def test_pages_may_lie_as_other_caches_lay_them() -> None:
     assert same_bits(paged_attention(turned, keys, values, table, lengths, config=SMALL), expected)
 
 
-def test_a_wrong_table_is_named_when_asked_for_and_never_faults() -> None:
+def test_a_wrong_table_is_named_when_asked_for_and_else_held_inside_the_pages() -> None:
     q, keys, values, table, lengths = given()
     table[2, 1] = 12
+    last = table.clamp(max=11)
     with pytest.raises(KernelError, match=r"page_table_BM\[2, 1\] = 12: expected 0 to 11"):
         paged_attention(q, keys, values, table, lengths, check_pages=True)
-    assert torch.isfinite(paged_attention(q, keys, values, table, lengths, config=SMALL)).all()
+    held = paged_attention(q, keys, values, last, lengths, config=SMALL)
+    assert same_bits(paged_attention(q, keys, values, table, lengths, config=SMALL), held)
+    lengths[0] = 32
+    whole = paged_attention(q, keys, values, last, lengths, config=SMALL)
     lengths[0] = 1000
     with pytest.raises(KernelError, match="lengths_B = 1 to 1000: expected 0 to 32"):
-        paged_attention(q, keys, values, table, lengths, check_pages=True)
-    assert torch.isfinite(paged_attention(q, keys, values, table, lengths, config=SMALL)).all()
+        paged_attention(q, keys, values, last, lengths, check_pages=True)
+    assert same_bits(paged_attention(q, keys, values, last, lengths, config=SMALL), whole)
 
 
 def test_chosen_configurations_are_in_the_list_and_fit() -> None:

@@ -162,6 +162,15 @@ def test_strides_and_halves() -> None:
     assert sample(logits[:0], uniforms[:0]).shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_neighbors_of_a_dtype_are_told_apart(dtype) -> None:
+    ones = torch.ones(1, dtype=dtype)
+    near = torch.cat([ones * (1.0 + sign * step * torch.finfo(dtype).eps) for step in range(4) for sign in (1.0, -1.0)])
+    for logits in (near, -near):
+        expected = logits.double().argsort(descending=True, stable=True).tolist()
+        assert list(dict.fromkeys(drawn(logits))) == expected
+
+
 def test_compiles_into_one_graph() -> None:
     logits, uniforms = random(2, 40, seed=8), torch.tensor([0.1, 0.8])
     compiled = torch.compile(lambda x, u: sample(x, u, top_k=5, config=SMALL) + 1, backend="eager", fullgraph=True)

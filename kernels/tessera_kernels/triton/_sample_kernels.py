@@ -220,7 +220,7 @@ def _parameter(pointer, value, row, GIVEN: tl.constexpr, dtype: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=("num_ids", "temperature", "top_k", "top_p", "min_p"))
+@triton.jit(do_not_specialize=("num_ids", "stride_row", "temperature", "top_k", "top_p", "min_p"))
 def sample_kernel(
     logits_ptr, uniforms_ptr, out_ptr, passes_ptr, keys_ptr, ids_ptr, coarse_ptr,
     temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, temperature, top_k, top_p, min_p, num_ids, stride_row,

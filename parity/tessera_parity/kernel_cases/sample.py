@@ -221,6 +221,7 @@ OP = KernelOp(
         Case(rows=3, ids=40, min_p=0.3, config=WIDE),
     ),
     bugs=(
+        _bug("inside = (key >= low) & (key <= up) &", "inside = (key > low) & (key <= up) &"),
         _bug("place = found + tl.cumsum(hits, 0) - hits", "place = found + tl.cumsum(hits, 0)"),
         _bug("rate = tl.minimum(1.4426950408889634 / heat", "rate = tl.minimum(1.4426950408889634"),  # dropped temperature
         _bug("kept = heavier + (target - ranks) * one", "kept = heavier"),
@@ -229,6 +230,5 @@ OP = KernelOp(
         _bug("counts + rank_up, masses + mass_up", "counts, masses"),  # the list's own sums
         _bug("kept = tl.minimum(kept, tl.maximum(likely, ONE))", "kept = tl.minimum(kept, kept)"),
         _bug("bits = (x + 0.0).to", "bits = x.to"),  # -0 below 0
-        _bug("inside = (key >= low) & (key <= up) &", "inside = (key > low) & (key <= up) &"),
     ),
 )  # fmt: skip
