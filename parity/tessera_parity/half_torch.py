@@ -10,6 +10,7 @@ import torch
 from tessera_parity.half_numpy import is_float
 from tessera_parity.halves import Array
 from tessera_parity.loading import FreshModules
+from tessera_shared.errors import MissingDependency
 
 
 class TorchHalf:
@@ -18,6 +19,11 @@ class TorchHalf:
     name = "torch"
 
     def __init__(self, fresh: FreshModules, device: str = "cpu") -> None:
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise MissingDependency(
+                f"device = {device!r}: expected an NVIDIA GPU with a driver that this torch can use, because the half runs "
+                "there; try --device cpu"
+            )
         self._fresh = fresh
         self.device = device
 

@@ -144,3 +144,11 @@ def test_the_oracle_has_slopes_by_complex_step_and_no_reverse_mode():
     assert slope == 12.0
     with pytest.raises(ParityError, match="no reverse differentiation"):
         half.value_and_grad(lambda p: p["x"], {"x": np.ones(1)})
+
+
+def test_a_device_that_is_not_there_is_one_line(backend):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has an NVIDIA GPU")
+    with pytest.raises(MissingDependency, match=r"device = 'cuda': expected .*; try --device cpu"):
+        load_half(backend, device="cuda")
