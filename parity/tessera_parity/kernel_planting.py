@@ -1,8 +1,10 @@
-"""Plant a bug in a kernel: its package is copied to a temporary directory, patched there and imported from there.
+"""Plant a bug in a kernel: packages are copied to a temporary directory, patched there and imported from there.
 
 `triton.jit` reads a function's source from its file, so patching in memory (`loading.FreshModules`) would compile the
 clean kernel. While a bug is planted, `sys.modules` holds the patched modules and the op's cases over them; afterwards it
-holds what it held before. Custom operators get a namespace of their own, because torch keeps one of each name.
+holds what it held before. Custom operators get a namespace of their own, because torch keeps one of each name: a second
+registration would end the first, and its own end would leave the clean kernel without an operator. So the kernels are
+copied whether or not the bug is theirs.
 """
 
 import importlib
@@ -17,7 +19,8 @@ from unittest.mock import patch as replaced
 
 from tessera_parity.kernel_cases.case import KernelOp
 from tessera_parity.loading import Patch
-from tessera_shared.errors import ParityError
+
+KERNELS = "tessera_kernels"
 
 OPERATORS = "tessera::"
 """Namespace of the kernels' custom operators, as it stands in their source."""
@@ -28,14 +31,14 @@ _numbers = count(1)
 @contextmanager
 def planted(name: str, patch: Patch) -> Iterator[KernelOp]:
     """Give the op called `name` over kernels with `patch` applied. Raises `ParityError` unless it applies once."""
-    root = patch.module.partition(".")[0]
-    package = Path(str(importlib.import_module(root).__file__)).parent
+    packages = {patch.module.partition(".")[0], KERNELS}
     with tempfile.TemporaryDirectory(prefix="tessera-bug-") as folder:
-        copy = Path(folder) / package.name
-        shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        _apply(copy, patch)
-        _rename_operators(copy, next(_numbers))
-        with replaced.object(sys, "path", [folder, *sys.path]), _own_modules(name, root):
+        for package in packages:
+            source = Path(str(importlib.import_module(package).__file__)).parent
+            shutil.copytree(source, Path(folder) / package, ignore=shutil.ignore_patterns("__pycache__"))
+        patch.plant_in(Path(folder))
+        _rename_operators(Path(folder), next(_numbers))
+        with replaced.object(sys, "path", [folder, *sys.path]), _own_modules(name, packages):
             importlib.invalidate_caches()
             yield load_op(name)
 
@@ -47,9 +50,9 @@ def load_op(name: str) -> KernelOp:
 
 
 @contextmanager
-def _own_modules(name: str, root: str) -> Iterator[None]:
-    """Forget the patched package, the kernels and the op's cases for the while; `case` itself stays."""
-    own = {f"tessera_parity.kernel_cases.{name}", root, "tessera_kernels"}
+def _own_modules(name: str, packages: set[str]) -> Iterator[None]:
+    """Forget the copied packages and the op's cases for the while; `case` itself stays."""
+    own = {f"tessera_parity.kernel_cases.{name}", *packages}
 
     def is_own(module: str) -> bool:
         return any(module == prefix or module.startswith(prefix + ".") for prefix in own)
@@ -69,22 +72,9 @@ def _own_modules(name: str, root: str) -> Iterator[None]:
             setattr(package, name, attribute)
 
 
-def _apply(copy: Path, patch: Patch) -> None:
-    relative = Path(*patch.module.split(".")[1:]).with_suffix(".py")
-    path = copy / relative
-    source = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = source.count(patch.find)
-    if found != 1:
-        raise ParityError(
-            f"patch of {patch.file}: find = {patch.find!r} occurs {found} times: expected exactly 1, because a planted bug "
-            "that does not apply would count as one that was looked for; try a longer or newer piece of the source"
-        )
-    path.write_text(source.replace(patch.find, patch.replace), encoding="utf-8")
-
-
-def _rename_operators(copy: Path, number: int) -> None:
+def _rename_operators(folder: Path, number: int) -> None:
     own = OPERATORS.removesuffix("::") + f"_bug{number}"
-    for path in copy.rglob("*.py"):
+    for path in folder.rglob("*.py"):
         source = path.read_text(encoding="utf-8")
         renamed = source.replace(OPERATORS, f"{own}::").replace("torch.ops.tessera.", f"torch.ops.{own}.")
         if renamed != source:

@@ -45,6 +45,22 @@ class Patch:
         dotted = ".".join(parts[starts[0] :])
         return dotted.removesuffix(".__init__")
 
+    def applied_to(self, source: str) -> str:
+        """Return the source with the replacement made. Raises `ParityError` unless it can be made exactly once."""
+        count = source.count(self.find)
+        if count != 1:
+            raise ParityError(
+                f"patch of {self.file}: find = {self.find!r} occurs {count} times: expected exactly 1, because a planted "
+                "bug that does not apply would count as one that was looked for; try a longer or newer piece of the source"
+            )
+        return source.replace(self.find, self.replace)
+
+    def plant_in(self, folder: Path) -> None:
+        """Apply it to the file of a copy of its package that lies in `folder`."""
+        module = folder.joinpath(*self.module.split("."))
+        file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+        file.write_text(self.applied_to(file.read_text(encoding="utf-8") if file.exists() else ""), encoding="utf-8")
+
 
 class FreshModules:
     """Modules imported from source for one half alone: those under `prefix`, and every module that a patch names.
@@ -164,13 +180,7 @@ def _patched_sources(patches: Sequence[Patch]) -> dict[str, str]:
     for patch in patches:
         if patch.module not in sources:
             sources[patch.module] = _source_of(patch)
-        count = sources[patch.module].count(patch.find)
-        if count != 1:
-            raise ParityError(
-                f"patch of {patch.file}: find = {patch.find!r} occurs {count} times: expected exactly 1, because a "
-                "planted bug that does not apply would count as one that was looked for; try a longer or newer piece of the source"
-            )
-        sources[patch.module] = sources[patch.module].replace(patch.find, patch.replace)
+        sources[patch.module] = patch.applied_to(sources[patch.module])
     return sources
 
 

@@ -27,7 +27,6 @@ from tessera_shared.errors import ParityError
 
 LONGEST_FIRST = (
     "kernels",
-    "kernels",
     "laws",
     "gradients",
     "witness",

@@ -87,10 +87,7 @@ def planted(tree: str) -> tuple[Patch, ...]:
 def on_disk(patches: Sequence[Patch], folder: Path) -> Path:
     plant_on_disk(patches[0], folder)
     for patch in patches[1:]:
-        file = folder / patch.file
-        source = file.read_text()
-        assert source.count(patch.find) == 1
-        file.write_text(source.replace(patch.find, patch.replace))
+        patch.plant_in(folder)
     return folder
 
 

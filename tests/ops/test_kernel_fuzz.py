@@ -3,17 +3,20 @@
 A few seconds an op of what the subject does in minutes; a kernel without cases fails here.
 """
 
+import importlib
 import os
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 import tessera_kernels
 from tessera_parity.kernel_fuzz import Effort, fuzz, names_of, plant_bugs
 from tessera_parity.kernel_judge import judge
-from tessera_parity.kernel_planting import load_op, planted
+from tessera_parity.kernel_planting import OPERATORS, load_op, planted
 from tessera_parity.loading import Patch
 from tessera_shared.errors import ParityError
 
@@ -23,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 KERNELS = Path(str(tessera_kernels.__file__)).parent
 OPS = names_of()
+ROPE = "tessera_kernels.triton.rope"
 EFFORT = Effort(cases=4, seconds=1.5, example_seconds=3.0, repeats=1, rows=2, bug_seconds=3.0)
 
 
@@ -52,9 +56,7 @@ def test_a_bug_planted_in_a_kernel_is_caught(name: str) -> None:
 
 
 def test_planting_leaves_the_clean_kernel_as_it_was() -> None:
-    if not OPS:
-        pytest.skip("no op has cases yet")
-    name = "rms_norm" if "rms_norm" in OPS else OPS[0]
+    name = "rms_norm"
     op = load_op(name)
     case = op.examples[0]
     before = judge(op, case)
@@ -62,6 +64,20 @@ def test_planting_leaves_the_clean_kernel_as_it_was() -> None:
         assert bugged.kernel.__globals__ is not op.kernel.__globals__  # type: ignore[attr-defined]
     assert load_op(name) is op
     assert judge(op, case).errors == before.errors
+
+
+def test_planting_registers_no_operator_under_a_clean_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps one operator of a name: another of that name frees the clean one under whoever holds it."""
+    clean = importlib.import_module(ROPE)
+    register = MagicMock(wraps=torch.library.custom_op)
+    monkeypatch.setattr(torch.library, "custom_op", register)
+    bug = load_op("fast_path").bugs[0]
+    assert not bug.module.startswith("tessera_kernels")  # the kernels are imported anew although the bug is not theirs
+    with planted("fast_path", bug):
+        assert importlib.import_module(ROPE) is not clean
+    names = [call.args[0] for call in register.call_args_list]
+    assert names
+    assert [name for name in names if name.startswith(OPERATORS)] == []
 
 
 def test_a_patch_that_does_not_occur_exactly_once_is_refused() -> None:

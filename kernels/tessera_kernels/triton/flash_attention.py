@@ -31,6 +31,7 @@ from tessera_kernels.checks import (
     is_interpreting,
 )
 from tessera_kernels.triton import flash_attention_backward as backward_kernels
+from tessera_kernels.triton._attention_rule import Rule, expect_groups, precision, rule_of
 from tessera_kernels.triton._launch import FLOATS, graph_op, on_device
 from tessera_kernels.triton.flash_attention_configs import (
     ADDS,
@@ -49,30 +50,6 @@ __all__ = ["CONFIGS", "AttentionConfig", "choose_config", "flash_attention", "fl
 
 _CACHE_BYTES = 24 * 2**20  # of K and V that the heads running at one time may share; the L2 of an H200 has 60 MB
 _STARTS = Tensor | None
-
-
-class _Rule(NamedTuple):
-    """What is computed, as the launchers take it. Integers and floats only: it travels through a custom op's schema."""
-
-    scale: float
-    softcap: float  # 0 = none
-    window: int  # 0 = none
-    causal: bool
-
-    @property
-    def unit(self) -> float:
-        """What a score is multiplied by before exp: the cap, when there is one, else the scale."""
-        return self.softcap or self.scale
-
-    @property
-    def inner(self) -> float:
-        """What the product is multiplied by before tanh."""
-        return self.scale / self.softcap if self.softcap else 0.0
-
-    @property
-    def flags(self) -> dict[str, bool]:
-        """The kernels' constants that follow from the rule."""
-        return {"CAUSAL": self.causal, "WINDOW": self.window > 0, "SOFTCAP": self.softcap > 0.0}
 
 
 def flash_attention(
@@ -100,7 +77,7 @@ def flash_attention(
         "k_BSKH", k_BSKH, (q_BTNH.shape[0], None, None, q_BTNH.shape[3]), "rows and head width are the queries'"
     )
     _check({"q_BTNH": q_BTNH, "k_BSKH": k_BSKH, "v_BSKH": v_BSKH})
-    rule = _rule(q_BTNH.shape[-1], scale, softcap, window, causal)
+    rule = rule_of(q_BTNH.shape[-1], scale, softcap, window, causal)
     cuts = _cuts(q_BTNH, deterministic, config)
     out, lse, _, _ = _Attention.apply(  # type: ignore[no-untyped-call]
         q_BTNH, k_BSKH, v_BSKH, None, None, q_BTNH.shape[1], k_BSKH.shape[1], *rule, *cuts
@@ -139,7 +116,7 @@ def flash_attention_varlen(
     for what, starts in (("query_starts", query_starts), ("key_starts", key_starts)):
         expect_dtype(what, starts, torch.int32)
         expect_same_device({"q_XNH": q_XNH, what: starts})
-    rule = _rule(q_XNH.shape[-1], scale, softcap, window, causal)
+    rule = rule_of(q_XNH.shape[-1], scale, softcap, window, causal)
     cuts = _cuts(q_XNH, deterministic, config)
     out, lse, _, _ = _Attention.apply(  # type: ignore[no-untyped-call]
         q_XNH, k_YKH, v_YKH, query_starts.contiguous(), key_starts.contiguous(), longest_query, longest_key, *rule, *cuts
@@ -159,27 +136,7 @@ def _check(tensors: dict[str, Tensor]) -> None:
         raise KernelError(
             f"head width = {q.shape[-1]}: expected at most 256, because a head is one tile; try more heads"
         )
-    heads, kv_heads = q.shape[-2], k.shape[-2]
-    if heads and (kv_heads == 0 or heads % kv_heads):
-        raise KernelError(
-            f"query heads = {heads}, key/value heads = {kv_heads}: expected a multiple, because heads share keys in equal "
-            f"groups; try {kv_heads or 1} or {2 * kv_heads or 2} query heads"
-        )
-
-
-def _rule(width: int, scale: float | None, softcap: float | None, window: int | None, causal: bool) -> _Rule:
-    scale = width**-0.5 if scale is None else float(scale)
-    for what, value in (("scale", scale), ("softcap", 1.0 if softcap is None else float(softcap))):
-        if not 0.0 < value < math.inf:
-            raise KernelError(
-                f"{what} = {value}: expected a positive finite number, because the running maximum is taken before it is "
-                "applied; try its absolute value on negated queries"
-            )
-    if window is not None and window < 1:
-        raise KernelError(
-            f"window = {window}: expected at least 1, because a query sees itself; try 1, or None for no window"
-        )
-    return _Rule(scale, 0.0 if softcap is None else float(softcap), 0 if window is None else int(window), causal)
+    expect_groups(q.shape[-2], k.shape[-2])
 
 
 def _cuts(q: Tensor, deterministic: bool, config: AttentionConfig | None) -> tuple[list[int], list[int], list[int]]:
@@ -249,7 +206,7 @@ def _run_forward(
     scale: float, softcap: float, window: int, causal: bool, cut: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return out, lse, and each row's maximum before scaling and log2 sum, all rows as (sequence, head, query)."""
-    rule, cfg = _Rule(scale, softcap, window, causal), ForwardConfig(*cut)
+    rule, cfg = Rule(scale, softcap, window, causal), ForwardConfig(*cut)
     out, lse, top, spread = _fake_forward(
         q, k, v, query_starts, key_starts, longest_query, longest_key, scale, softcap, window, causal, cut
     )
@@ -274,7 +231,7 @@ def _run_forward(
             *_strides(q), *_strides(k), *_strides(v), *_strides(out),
             shape.sequences, shape.queries, shape.keys, heads, section, longest_query, rule.window, rule.unit, rule.inner,
             GROUP=shape.group, VARLEN=packed, WIDTH=q.shape[-1], PADDED=padded, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
-            STAGES=cfg.stages, TMA=tma, AHEAD=bool(cfg.ahead), PRECISION=_precision(q), **rule.flags,
+            STAGES=cfg.stages, TMA=tma, AHEAD=bool(cfg.ahead), PRECISION=precision(q), **rule.flags,
             num_warps=cfg.num_warps, num_stages=cfg.stages,
         )  # fmt: skip
     return out, lse, top, spread
@@ -296,7 +253,7 @@ def _run_backward(
     scale: float, softcap: float, window: int, causal: bool, key_cut: list[int], query_cut: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dq, dk, dv, contiguous."""
-    rule, keys, queries = _Rule(scale, softcap, window, causal), KeyConfig(*key_cut), QueryConfig(*query_cut)
+    rule, keys, queries = Rule(scale, softcap, window, causal), KeyConfig(*key_cut), QueryConfig(*query_cut)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     if query_starts is not None or q.numel() == 0 or k.numel() == 0:
         for grad in (dq, dk, dv):
@@ -335,7 +292,7 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None, like: Tensor) -> Tens
 
 def _run_keys(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: tuple[Tensor, Tensor, Tensor], total: Tensor, dk: Tensor, dv: Tensor,
-    query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int, rule: _Rule, cfg: KeyConfig,
+    query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int, rule: Rule, cfg: KeyConfig,
 ) -> None:  # fmt: skip
     padded = triton.next_power_of_2(q.shape[-1])
     tma = bool(cfg.tma) and _describable(q, dout)
@@ -354,13 +311,13 @@ def _run_keys(
             rule.window, rule.unit, rule.inner, rule.scale,
             GROUP=shape.group, VARLEN=query_starts is not None, ADD=add, WIDTH=q.shape[-1], PADDED=padded,
             BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, STAGES=cfg.stages, KEYS_FIRST=bool(cfg.keys_first), TMA=tma,
-            PRECISION=_precision(q), **rule.flags, num_warps=cfg.num_warps, num_stages=cfg.stages,
+            PRECISION=precision(q), **rule.flags, num_warps=cfg.num_warps, num_stages=cfg.stages,
         )  # fmt: skip
 
 
 def _run_queries(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: tuple[Tensor, Tensor, Tensor], dq: Tensor,
-    query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int, rule: _Rule, cfg: QueryConfig,
+    query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int, rule: Rule, cfg: QueryConfig,
 ) -> None:  # fmt: skip
     padded = triton.next_power_of_2(q.shape[-1])
     tma = bool(cfg.tma) and _describable(k, v)
@@ -376,7 +333,7 @@ def _run_queries(
             rule.window, rule.unit, rule.inner, rule.scale,
             GROUP=shape.group, VARLEN=query_starts is not None, WIDTH=q.shape[-1], PADDED=padded,
             BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, STAGES=cfg.stages, TMA=tma,
-            PRECISION=_precision(q), **rule.flags, num_warps=cfg.num_warps, num_stages=cfg.stages,
+            PRECISION=precision(q), **rule.flags, num_warps=cfg.num_warps, num_stages=cfg.stages,
         )  # fmt: skip
 
 
@@ -417,12 +374,6 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of sequence, position and head; a packed tensor is one sequence."""
     batch = x.stride(0) if x.ndim == 4 else 0
     return batch, x.stride(-3), x.stride(-2)
-
-
-def _precision(q: Tensor) -> str:
-    if q.dtype == torch.bfloat16 and is_interpreting():
-        return "lift"
-    return "ieee" if q.dtype == torch.float32 else "tf32"  # half-precision products are exact either way
 
 
 def _section(bytes_a_head: int) -> int:

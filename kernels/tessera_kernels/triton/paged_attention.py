@@ -38,8 +38,8 @@ from tessera_kernels.checks import (
     expect_same_dtype,
     expect_shape,
     expect_triton_device,
-    is_interpreting,
 )
+from tessera_kernels.triton._attention_rule import Rule, expect_groups, precision, rule_of
 from tessera_kernels.triton._launch import FLOATS, graph_op, num_sms, on_device
 from tessera_kernels.triton._paged_kernels import merge_kernel, split_kernel
 from tessera_shared.errors import KernelError
@@ -145,24 +145,6 @@ WANTED = 2
 """Programs at a time that draw all the bandwidth a multiprocessor gets."""
 
 
-class _Rule(NamedTuple):
-    """What is computed, as the launcher takes it."""
-
-    scale: float
-    softcap: float  # 0 = none
-    window: int  # 0 = none
-
-    @property
-    def unit(self) -> float:
-        """What a score is multiplied by before exp: the cap, when there is one, else the scale."""
-        return self.softcap or self.scale
-
-    @property
-    def inner(self) -> float:
-        """What the product is multiplied by before tanh."""
-        return self.scale / self.softcap if self.softcap else 0.0
-
-
 def paged_attention(
     q_BNH: Tensor,
     key_pages_PZKH: Tensor,
@@ -235,14 +217,14 @@ def _attend(
     config: PagedConfig | None, check_pages: bool,
 ) -> Tensor:  # fmt: skip
     _check(q, k, v, table, lengths)
-    rule = _rule(q.shape[-1], scale, softcap, window)
+    rule = rule_of(q.shape[-1], scale, softcap, window)
     if check_pages:
         expect_page_table(table, lengths, num_pages=k.shape[0], page_size=k.shape[1])
     group = q.shape[1] // max(1, k.shape[2])
     chosen = config or choose_config(longest * group, q.shape[-1], q.dtype)
     _expect_fitting(chosen, q)
     division = _division(splits, split_size, chosen)
-    return _launch(q, k, v, table, lengths.contiguous(), starts, longest, *rule, *division, list(chosen))
+    return _launch(q, k, v, table, lengths.contiguous(), starts, longest, *rule[:3], *division, list(chosen))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> None:
@@ -267,35 +249,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> N
             )
     expect_multiple("head width", q.shape[-1], 16, "a tensor-core product takes 16 columns at a time")
     expect_between("head width", q.shape[-1], 16, 256, "a head is one tile")
-    _check_heads(q.shape[1], k.shape[2])
+    expect_groups(q.shape[1], k.shape[2])
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
         raise KernelError(
             "requires_grad = True: expected False, because attention over pages has no backward; try torch.no_grad(), or "
             "flash_attention for training"
         )
-
-
-def _check_heads(heads: int, kv_heads: int) -> None:
-    if heads and (kv_heads == 0 or heads % kv_heads):
-        raise KernelError(
-            f"query heads = {heads}, key/value heads = {kv_heads}: expected a multiple, because heads share keys in equal "
-            f"groups; try {kv_heads or 1} or {2 * kv_heads or 2} query heads"
-        )
-
-
-def _rule(width: int, scale: float | None, softcap: float | None, window: int | None) -> _Rule:
-    scale = width**-0.5 if scale is None else float(scale)
-    for what, value in (("scale", scale), ("softcap", 1.0 if softcap is None else float(softcap))):
-        if not 0.0 < value < math.inf:
-            raise KernelError(
-                f"{what} = {value}: expected a positive finite number, because the running maximum is taken before it is "
-                "applied; try its absolute value on negated queries"
-            )
-    if window is not None and window < 1:
-        raise KernelError(
-            f"window = {window}: expected at least 1, because a query sees itself; try 1, or None for no window"
-        )
-    return _Rule(scale, 0.0 if softcap is None else float(softcap), 0 if window is None else int(window))
 
 
 def _division(splits: int | None, split_size: int | None, config: PagedConfig) -> tuple[int, int]:
@@ -338,7 +297,7 @@ def _launch(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, starts: Tensor | None, longest: int,
     scale: float, softcap: float, window: int, splits: int, split_tiles: int, cut: list[int],
 ) -> Tensor:  # fmt: skip
-    rule, config = _Rule(scale, softcap, window), PagedConfig(*cut)
+    rule, config = Rule(scale, softcap, window), PagedConfig(*cut)
     q, table = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, table))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     sequences, table_width = table.shape
@@ -363,7 +322,7 @@ def _launch(
             *v.stride()[:3], table.stride(0), rows, k.shape[0], table_width, heads, kv_heads, blocks, splits, split_tiles,
             rule.window, rule.unit, rule.inner, GROUP=group, PAGE=page_size, WIDTH=width, PADDED=padded,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, VARLEN=starts is not None,
-            WINDOW=rule.window > 0, SOFTCAP=rule.softcap > 0.0, SPLIT=splits > 1, PRECISION=_precision(q),
+            WINDOW=rule.window > 0, SOFTCAP=rule.softcap > 0.0, SPLIT=splits > 1, PRECISION=precision(q),
             num_warps=config.num_warps, num_stages=config.stages,
         )  # fmt: skip
         if splits > 1:
@@ -389,9 +348,3 @@ def _num_splits(
         return found
     at_once = config.programs_per_sm(triton.next_power_of_2(q.shape[-1]), q.element_size())
     return choose_splits(programs, tiles, num_sms(q.device), min(WANTED, at_once))
-
-
-def _precision(q: Tensor) -> str:
-    if q.dtype == torch.bfloat16 and is_interpreting():
-        return "lift"
-    return "ieee" if q.dtype == torch.float32 else "tf32"  # half-precision products are exact either way

@@ -161,16 +161,9 @@ def plant_on_disk(patch: Patch, folder: Path) -> Path:
     root = patch.module.split(".", 1)[0]
     found = find_spec(root)
     if found is None or not found.submodule_search_locations:
-        raise ParityError(f"package = {root!r}: expected it installed, because its source is copied; try make install")
+        raise ParityError(f"package = {root!r}: expected it installed, because its source is copied; try make setup")
     shutil.copytree(found.submodule_search_locations[0], folder / root, ignore=shutil.ignore_patterns("__pycache__"))
-    file = folder / (patch.module.replace(".", "/") + ".py")
-    file = file if file.exists() else file.with_suffix("") / "__init__.py"
-    source = file.read_text(encoding="utf-8")
-    if source.count(patch.find) != 1:
-        raise ParityError(
-            f"patch of {patch.file}: expected once in the source, because it is planted; try make mutants"
-        )
-    file.write_text(source.replace(patch.find, patch.replace), encoding="utf-8")
+    patch.plant_in(folder)
     return folder
 
 

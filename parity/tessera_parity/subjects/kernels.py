@@ -62,10 +62,7 @@ def run(context: Context) -> Iterator[Check]:
         for name, report in pending:
             context.advance(f"kernels: {name}")
             yield from checks_of(report.result(), context.device)
-    try:
-        yield from fast_checks(context)
-    except ModuleNotFoundError as error:  # an op that the fast path is built of is not there
-        yield _check("fast_path", "wiring", context.device, False, 1, 1, 1.0, 0.0, "modules missing", "", str(error))
+    yield from fast_checks(context)
 
 
 def checks_of(report: Report, device: str) -> Iterator[Check]:
