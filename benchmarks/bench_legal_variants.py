@@ -33,12 +33,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=77_000_000, help="apart from calibration's and every run's")
     parser.add_argument("--jobs", type=int, default=1, help="variants at once")
     given = parser.parse_args()
-    variants = [
-        one
-        for half in given.half or ("torch", "jax")
-        for one in variants_of(half, device=given.device, compiled=True)
-        if not given.only or one.name in given.only
+    if given.jobs < 1:
+        parser.error(f"--jobs {given.jobs}: expected at least 1, because something is to be measured")
+    found = [
+        one for half in given.half or ("torch", "jax") for one in variants_of(half, device=given.device, compiled=True)
     ]
+    unknown = set(given.only or ()) - {one.name for one in found}
+    if unknown:
+        parser.error(f"--only {min(unknown)}: expected one of {', '.join(sorted({one.name for one in found}))}")
+    variants = [one for one in found if not given.only or one.name in given.only]
     with ThreadPoolExecutor(given.jobs) as pool:  # each thread waits for a process
         red = sum(pool.map(lambda one: _reported(one, given), variants))
     print(f"{len(variants)} legal variants, {red} red")

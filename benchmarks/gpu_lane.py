@@ -35,7 +35,9 @@ def main() -> int:
     parser.add_argument(
         "--calibrate", action="store_true", help="first measure the legal variants on this device: 20 minutes"
     )
-    parser.add_argument("--only", action="append", help="run this part alone: generated, rounding, tiny, qwen3-0-6b")
+    parser.add_argument(
+        "--only", action="append", choices=("generated", "rounding", *map(_slug, SHAPES)), help="run this part alone"
+    )
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script itself")
     parser.add_argument("--lane", choices=("quick", "full"), default="quick", help="full takes over ten minutes")
     options = parser.parse_args()
@@ -60,10 +62,10 @@ def plan(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """Return (name, arguments of `parity`) for each part."""
     where = ["--device", options.device]
     jobs = ["--jobs", str(os.cpu_count() or 1)]
-    parts = []
+    calibration, parts = [], []
     if options.calibrate:
-        parts.append(("calibrate", ["calibrate", "--cases", "60", *jobs, *where]))
-        parts += [
+        calibration.append(("calibrate", ["calibrate", "--cases", "60", *jobs, *where]))
+        calibration += [
             (f"calibrate-{_slug(shape)}", ["calibrate", "--pool", shape, "--cases", str(cases), *jobs, *where])
             for shape, cases in SHAPE_CASES.items()
         ]
@@ -72,7 +74,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     parts += [
         (_slug(shape), ["run", "model", "rounding", "--model", shape, f"--{options.lane}", *where]) for shape in SHAPES
     ]
-    return [(name, arguments) for name, arguments in parts if not options.only or name in options.only]
+    return calibration + [(name, arguments) for name, arguments in parts if not options.only or name in options.only]
 
 
 def _slug(shape: str) -> str:

@@ -1,6 +1,9 @@
 """Fixtures that more than one folder of tests needs."""
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,3 +30,10 @@ def backend(request: pytest.FixtureRequest) -> str:
     """Each half in turn."""
     pytest.importorskip(request.param)
     return request.param
+
+
+@pytest.fixture
+def wide_backend(backend: str) -> Iterator[str]:
+    """Each half in turn, JAX with its 64-bit types."""
+    with import_module("jax").enable_x64(True) if backend == "jax" else nullcontext():
+        yield backend

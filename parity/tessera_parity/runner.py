@@ -218,11 +218,13 @@ def rerun_seconds(lane: str, spent: float) -> float:
     return min(RERUN_SECONDS[lane], QUICK_SECONDS - spent) if lane == QUICK else RERUN_SECONDS[lane]
 
 
-def prove(context: Context, seconds: float | None, halves: Sequence[str] | None = None) -> "Proof":
-    """Plant bugs (`tessera_parity.mutants`), into some halves or all."""
+def prove(
+    context: Context, seconds: float | None, halves: Sequence[str] | None = None, share: tuple[int, int] = (0, 1)
+) -> "Proof":
+    """Plant bugs (`tessera_parity.mutants`), into some halves or all; `share` (k, n) plants every nth from the kth on."""
     from tessera_parity.mutants.engine import prove_all
 
-    return prove_all(context, halves=halves, seconds=seconds)
+    return prove_all(context, halves=halves, seconds=seconds, share=share)
 
 
 def keep_proof(proof: "Proof", run: Run, store: Store) -> None:

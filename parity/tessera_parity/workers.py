@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from tessera_parity.mutants.engine import Proof
 from tessera_parity.result import Check, Run
 from tessera_parity.store import Settings, Store
-from tessera_parity.subjects.context import Context, Subject
+from tessera_parity.subjects.context import QUICK, Context, Subject
 from tessera_shared.errors import ParityError
 
 LONGEST_FIRST = (
@@ -44,9 +44,10 @@ ones start first."""
 TOGETHER = {"native": "laws"}
 """Subjects that one worker takes after another: both need torch's compiler imported, which takes 3 s, once is enough."""
 
-PROOFS: tuple[tuple[str, ...], ...] = (("jax", "reference"), ("torch", "shared", "harness"))
-"""Halves whose planted bugs make one task. JAX compiles for each of the first, which so cannot use up the seconds of the
-many others."""
+COMPILING = ("jax", "reference")
+OTHERS = ("torch", "shared", "harness")
+"""Halves whose planted bugs are tasks apart. JAX compiles for each of the first: they cannot use up the seconds of the
+many others, and where all are planted every worker takes a share, because they are the longest task of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class Task:
     kind: str  # subject | proof | alarms
     subjects: tuple[str, ...] = ()
     halves: tuple[str, ...] = ()
+    share: tuple[int, int] = (0, 1)
     explicit: bool = False
 
 
@@ -94,7 +96,9 @@ def side_by_side(
     from tessera_parity.runner import keep_proof
 
     parts: list[Proof] = []
-    names, tasks = [subject.name for subject in todo], _tasks(todo, explicit=explicit, proof=proof)
+    names = [subject.name for subject in todo]
+    shares = (1 if store.settings.lane == QUICK else num_workers) if proof else 0
+    tasks = _tasks(todo, explicit=explicit, shares=shares)
     for done in _finished(store, tasks, num_workers, advance):
         run.left_out += done.left_out
         run.environment = done.environment
@@ -112,14 +116,16 @@ def side_by_side(
         keep_proof(_joined(parts), run, store)
 
 
-def _tasks(todo: Sequence[Subject], *, explicit: bool, proof: bool) -> list[Task]:
+def _tasks(todo: Sequence[Subject], *, explicit: bool, shares: int) -> list[Task]:
+    """Return what workers take, longest first; planted bugs that compile come in `shares` parts, 0 = none are planted."""
     names = [subject.name for subject in todo]
     names.sort(key=lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST))
     after = {name: [late for late in names if TOGETHER.get(late) == name] for name in names}
     alone = [name for name in names if TOGETHER.get(name) not in names]
     tasks = [Task(kind="subject", subjects=(name, *after[name]), explicit=explicit) for name in alone]
-    if proof:
-        tasks += [Task(kind="proof", halves=halves) for halves in PROOFS] + [Task(kind="alarms")]
+    if shares:
+        tasks += [Task(kind="proof", halves=COMPILING, share=(part, shares)) for part in range(shares)]
+        tasks += [Task(kind="proof", halves=OTHERS), Task(kind="alarms")]
     return tasks
 
 
@@ -224,7 +230,8 @@ def _perform(task: Task) -> Done:
     elif task.kind == "proof":
         wanted = [name for name in task.halves if _is_here(context, name)]
         if wanted:
-            done.proof = runner.prove(context, runner.proof_seconds(settings.lane, time.time() - began), wanted)
+            seconds = runner.proof_seconds(settings.lane, time.time() - began)
+            done.proof = runner.prove(context, seconds, wanted, task.share)
     else:
         seconds = runner.rerun_seconds(settings.lane, time.time() - began)
         done.alarms = runner.false_alarms(context, settings, seconds=seconds)

@@ -69,6 +69,15 @@ def test_bugs_in_the_oracle_in_shared_code_and_in_the_harness_are_caught_too() -
     assert all("numpy moved" in outcome.detail for outcome in proof.outcomes if outcome.half == "reference")
 
 
+def test_shares_are_the_whole_and_the_first_alone_judges_the_clean_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = tuple(mutant for mutant in catalogue() if mutant.half in ("shared", "harness"))
+    monkeypatch.setattr(engine, "catalogue", lambda: quick[:7])
+    parts = [prove_all(context(), halves=["torch", "shared", "harness"], share=(part, 3)) for part in range(3)]
+    assert sorted(o.name for part in parts for o in part.outcomes) == sorted(mutant.name for mutant in quick[:7])
+    assert [len(part.outcomes) for part in parts] == [3, 2, 2]
+    assert [len(part.clean) for part in parts] == [1, 0, 0]
+
+
 def test_a_few_jax_bugs_are_caught_and_named() -> None:
     names = ["jax-norm-eps-1e-6", "jax-mask-sees-next", "jax-top-k-drops-one", "jax-clip-scales-up"]
     outcomes = prove(context(jax=True, lane=QUICK), names=names)

@@ -53,16 +53,22 @@ def test_an_error_in_a_worker_is_the_runs_own_and_ends_the_others(
 
 
 def test_the_proofs_tasks_are_all_halves_once() -> None:
-    assert sorted(half for halves in workers.PROOFS for half in halves) == sorted(HALVES)
+    assert sorted((*workers.COMPILING, *workers.OTHERS)) == sorted(HALVES)
+    assert workers._tasks([], explicit=False, shares=0) == []
+    proofs = [task for task in workers._tasks([], explicit=False, shares=3) if task.kind == "proof"]
+    assert [(task.halves, task.share) for task in proofs] == [
+        *((workers.COMPILING, (part, 3)) for part in range(3)),
+        (workers.OTHERS, (0, 1)),
+    ]
 
 
 def test_every_subject_is_in_one_task_and_those_that_go_together_are_in_the_same() -> None:
     todo = list(reversed(runner.SUBJECTS))
-    tasks = [task.subjects for task in workers._tasks(todo, explicit=False, proof=False)]
+    tasks = [task.subjects for task in workers._tasks(todo, explicit=False, shares=0)]
     assert sorted(name for names in tasks for name in names) == sorted(subject.name for subject in todo)
     assert ("laws", "native") in tasks
     alone = [subject for subject in todo if subject.name == "native"]
-    assert [task.subjects for task in workers._tasks(alone, explicit=True, proof=False)] == [("native",)]
+    assert [task.subjects for task in workers._tasks(alone, explicit=True, shares=0)] == [("native",)]
 
 
 def children_of(process_id: int) -> list[int]:

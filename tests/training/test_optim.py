@@ -1,6 +1,5 @@
 """AdamW and clipping: the formula to its last digit, the same on both sides and in the oracle."""
 
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -53,16 +52,8 @@ class Half:
 
 
 @pytest.fixture
-def half(backend: str) -> Iterator[Half]:
-    if backend == "torch":
-        yield Half("torch")
-        return
-    import jax
-
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", True)
-    yield Half("jax")
-    jax.config.update("jax_enable_x64", before)
+def half(wide_backend: str) -> Half:
+    return Half(wide_backend)
 
 
 def draw(seed: int, scale: float = 1.0) -> Arrays:

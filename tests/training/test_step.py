@@ -1,7 +1,7 @@
 """One training step: gradients against the oracle's complex step, accumulation, the teacher, jit, purity."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -112,16 +112,8 @@ class Half:
 
 
 @pytest.fixture
-def half(backend: str) -> Iterator[Half]:
-    if backend == "torch":
-        yield Half("torch")
-        return
-    import jax
-
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", True)
-    yield Half("jax")
-    jax.config.update("jax_enable_x64", before)
+def half(wide_backend: str) -> Half:
+    return Half(wide_backend)
 
 
 def close(left: Any, right: Any, limit: float) -> None:

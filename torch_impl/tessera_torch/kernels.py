@@ -7,6 +7,7 @@ not; a choice that was asked for by name and cannot run raises.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -153,27 +154,7 @@ def _objective_obstacles(objective: Objective, spec: ModelSpec, teacher: ModelSp
 
 def triton_ops() -> Ops:
     """Return the Triton kernels. Imports triton."""
-    from tessera_kernels.triton.adamw import adamw_flat_
-    from tessera_kernels.triton.flash_attention import flash_attention, flash_attention_varlen
-    from tessera_kernels.triton.linear_cross_entropy import linear_cross_entropy
-    from tessera_kernels.triton.linear_distillation import linear_distillation
-    from tessera_kernels.triton.rms_norm import add_rms_norm, rms_norm
-    from tessera_kernels.triton.rope import apply_rope_
-    from tessera_kernels.triton.swiglu import swiglu
-
-    return Ops(
-        name="triton",
-        flash_attention=flash_attention,
-        flash_attention_varlen=flash_attention_varlen,
-        rms_norm=rms_norm,
-        add_rms_norm=add_rms_norm,
-        apply_rope_=apply_rope_,
-        swiglu=swiglu,
-        linear_cross_entropy=linear_cross_entropy,
-        linear_distillation=linear_distillation,
-        adamw_flat_=adamw_flat_,
-        decode=_triton_decode_ops,
-    )
+    return _ops("triton")
 
 
 def reference_ops() -> Ops:
@@ -181,41 +162,29 @@ def reference_ops() -> Ops:
 
     This is what the wiring of `tessera_torch.fast` is held against the oracle with.
     """
-    from tessera_kernels.reference.adamw import adamw_flat_
-    from tessera_kernels.reference.flash_attention import flash_attention, flash_attention_varlen
-    from tessera_kernels.reference.linear_cross_entropy import linear_cross_entropy
-    from tessera_kernels.reference.linear_distillation import linear_distillation
-    from tessera_kernels.reference.rms_norm import add_rms_norm, rms_norm
-    from tessera_kernels.reference.rope import apply_rope_
-    from tessera_kernels.reference.swiglu import swiglu
+    return _ops("reference")
 
+
+def _ops(room: str) -> Ops:
+    """Return the operations of one room of `tessera_kernels`, which has a file for each op."""
+
+    def file(op: str) -> Any:
+        return import_module(f"tessera_kernels.{room}.{op}")
+
+    attention, norm = file("flash_attention"), file("rms_norm")
     return Ops(
-        name="reference",
-        flash_attention=flash_attention,
-        flash_attention_varlen=flash_attention_varlen,
-        rms_norm=rms_norm,
-        add_rms_norm=add_rms_norm,
-        apply_rope_=apply_rope_,
-        swiglu=swiglu,
-        linear_cross_entropy=linear_cross_entropy,
-        linear_distillation=linear_distillation,
-        adamw_flat_=adamw_flat_,
-        decode=_reference_decode_ops,
+        name=room,
+        flash_attention=attention.flash_attention,
+        flash_attention_varlen=attention.flash_attention_varlen,
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        apply_rope_=file("rope").apply_rope_,
+        swiglu=file("swiglu").swiglu,
+        linear_cross_entropy=file("linear_cross_entropy").linear_cross_entropy,
+        linear_distillation=file("linear_distillation").linear_distillation,
+        adamw_flat_=file("adamw").adamw_flat_,
+        decode=lambda: DecodeOps(paged_attention=file("paged_attention").paged_attention, sample=file("sample").sample),
     )
-
-
-def _triton_decode_ops() -> DecodeOps:
-    from tessera_kernels.triton.paged_attention import paged_attention
-    from tessera_kernels.triton.sample import sample
-
-    return DecodeOps(paged_attention=paged_attention, sample=sample)
-
-
-def _reference_decode_ops() -> DecodeOps:
-    from tessera_kernels.reference.paged_attention import paged_attention
-    from tessera_kernels.reference.sample import sample
-
-    return DecodeOps(paged_attention=paged_attention, sample=sample)
 
 
 def _refusal(what: str, value: object, wanted: str, because: str) -> KernelError:

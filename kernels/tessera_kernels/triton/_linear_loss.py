@@ -15,12 +15,13 @@ cores read them. Everything runs in a fixed order without atomics: the same call
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tessera_kernels.checks import expect_choice, expect_dtype, expect_rank, expect_same_device, expect_same_dtype
 from tessera_kernels.triton._launch import FLOATS, num_sms, on_device
@@ -201,9 +202,9 @@ def _scale(numbers, factor_pointer, count, BLOCK: tl.constexpr):
             tl.store(numbers + places, (x.to(tl.float32) * factor).to(x.dtype), mask=places < count)
 
 
-def head_sum_dtype(head_VD: Tensor, accumulate: str) -> torch.dtype:
-    """Return the dtype in which d head is summed over chunks."""
-    return head_VD.dtype if accumulate == "head" else torch.float32
+def head_sum_dtype(head_VD: Tensor, mode: str, accumulate: str) -> torch.dtype:
+    """Return the dtype in which d head is summed over chunks; without logits each row of it is one product."""
+    return head_VD.dtype if mode == "no_logits" or accumulate == "head" else torch.float32
 
 
 def head_grad_dtype(head_VD: Tensor) -> torch.dtype:
@@ -211,6 +212,48 @@ def head_grad_dtype(head_VD: Tensor) -> torch.dtype:
     if torch.compiler.is_compiling() or not (head_VD.is_leaf and head_VD.requires_grad):
         return head_VD.dtype
     return getattr(head_VD, "grad_dtype", None) or head_VD.dtype
+
+
+class LinearLoss(torch.autograd.Function):
+    """Autograd's view of a loss whose forward computes both gradients. Its first two inputs are hidden states and head.
+
+    A forward gives what its launcher returned to `keep`: (loss, num_tokens, unit, d hidden and d head in that unit).
+    """
+
+    @staticmethod
+    def keep(ctx: Any, hidden_XD: Tensor, head_VD: Tensor, result: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Save for the backward and return (loss, num_tokens)."""
+        loss, num_tokens, *saved = result
+        ctx.save_for_backward(*saved)
+        ctx.dtypes = hidden_XD.dtype, head_grad_dtype(head_VD)
+        ctx.mark_non_differentiable(num_tokens)
+        return loss, num_tokens
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Multiply what is kept by the incoming derivative of the loss."""
+        unit, *kept = ctx.saved_tensors
+        factor = grad / unit
+        needed = ctx.needs_input_grad
+        grads = (
+            finish(gradient, factor, dtype) if need else None
+            for gradient, dtype, need in zip(kept, ctx.dtypes, needed, strict=False)
+        )
+        return *grads, *(None,) * (len(needed) - 2)
+
+
+def fake_result(
+    hidden_XD: Tensor, head_VD: Tensor, labels_X: Tensor, *, for_hidden: bool, for_head: bool, head_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return empty tensors of what a launcher returns (see `LinearLoss`)."""
+    scalar = hidden_XD.new_empty((), dtype=torch.float32)
+    d_hidden, d_head = hidden_XD.new_empty(0), hidden_XD.new_empty(0)
+    if for_hidden:
+        d_hidden = hidden_XD.new_empty(hidden_XD.shape, dtype=torch.float32)
+    if for_head:
+        d_head = head_VD.new_empty(head_VD.shape, dtype=head_dtype)
+    return scalar, labels_X.new_empty((), dtype=torch.int32), torch.empty_like(scalar), d_hidden, d_head
 
 
 def check_pair(hidden: str, hidden_XD: Tensor, head: str, head_VD: Tensor) -> None:

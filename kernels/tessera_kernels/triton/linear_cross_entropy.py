@@ -31,19 +31,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tessera_kernels.checks import expect_triton_device
 from tessera_kernels.triton._launch import graph_op, on_device
 from tessera_kernels.triton._linear_loss import (
     GradientSums,
+    LinearLoss,
     LossConfig,
     check_labels,
     check_options,
     check_pair,
     check_vocab,
-    finish,
-    head_grad_dtype,
+    fake_result,
     head_sum_dtype,
     padded_columns,
     pieces,
@@ -117,7 +116,7 @@ def _check(
     check_options(mode, accumulate, hidden_XD.dtype, chunk_bytes)
 
 
-class _Loss(torch.autograd.Function):
+class _Loss(LinearLoss):
     @staticmethod
     def forward(
         ctx: Any,
@@ -134,26 +133,11 @@ class _Loss(torch.autograd.Function):
         config: list[int],
     ) -> tuple[Tensor, Tensor]:
         for_hidden, for_head = ctx.needs_input_grad[:2]
-        loss, num_tokens, unit, d_hidden, d_head = _run(
+        result = _run(
             hidden, head, labels, for_hidden, for_head, ignore_index, z_loss, softcap, vocab, chunk_bytes, mode,
             accumulate, config,
         )  # fmt: skip
-        ctx.save_for_backward(unit, d_hidden, d_head)
-        ctx.dtypes = hidden.dtype, head_grad_dtype(head)
-        ctx.mark_non_differentiable(num_tokens)
-        return loss, num_tokens
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        unit, d_hidden, d_head = ctx.saved_tensors
-        for_hidden, for_head = ctx.needs_input_grad[:2]
-        factor = grad / unit
-        return (
-            finish(d_hidden, factor, ctx.dtypes[0]) if for_hidden else None,
-            finish(d_head, factor, ctx.dtypes[1]) if for_head else None,
-            *(None,) * 9,
-        )
+        return _Loss.keep(ctx, hidden, head, result)
 
 
 def _fake_run(
@@ -161,15 +145,8 @@ def _fake_run(
     softcap: float, vocab: int, chunk_bytes: int, mode: str, accumulate: str, config: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     del ignore_index, z_loss, softcap, vocab, chunk_bytes, config  # none of them changes a shape
-    scalar = hidden.new_empty((), dtype=torch.float32)
-    d_hidden = hidden.new_empty(
-        hidden.shape if for_hidden else (0,), dtype=torch.float32 if for_hidden else hidden.dtype
-    )
-    d_head = hidden.new_empty(0)
-    if for_head:
-        summed = head.dtype if mode == "no_logits" else head_sum_dtype(head, accumulate)
-        d_head = head.new_empty(head.shape, dtype=summed)
-    return scalar, labels.new_empty((), dtype=torch.int32), torch.empty_like(scalar), d_hidden, d_head
+    summed = head_sum_dtype(head, mode, accumulate)
+    return fake_result(hidden, head, labels, for_hidden=for_hidden, for_head=for_head, head_dtype=summed)
 
 
 @graph_op("linear_cross_entropy", fake=_fake_run)
@@ -180,7 +157,7 @@ def _run(
     """Return the loss sum, the number of labels, the gradients' unit, and both gradients in that unit (or empty)."""
     num_tokens = (labels != ignore_index).sum(dtype=torch.int32)
     unit = unit_of(num_tokens, hidden.dtype)
-    summed = head.dtype if mode == "no_logits" else head_sum_dtype(head, accumulate)
+    summed = head_sum_dtype(head, mode, accumulate)
     sums = GradientSums(hidden, head, vocab, for_hidden=for_hidden, for_head=for_head, head_dtype=summed)
     cut = LossConfig(*config)
     shape = cut if cut.block else choose_config(vocab)

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tessera_kernels.checks import expect_between, expect_choice, expect_same_device, expect_triton_device
 from tessera_kernels.triton import _divergence_rows as kernels
@@ -37,13 +36,13 @@ from tessera_kernels.triton._divergence_series import DIVERGENCES, coefficients
 from tessera_kernels.triton._launch import graph_op, on_device
 from tessera_kernels.triton._linear_loss import (
     GradientSums,
+    LinearLoss,
     LossConfig,
     check_labels,
     check_options,
     check_pair,
     check_vocab,
-    finish,
-    head_grad_dtype,
+    fake_result,
     head_sum_dtype,
     padded_columns,
     pieces,
@@ -178,7 +177,7 @@ def _kind(
     return kind, weight if kind == divergence else 0.0
 
 
-class _Loss(torch.autograd.Function):
+class _Loss(LinearLoss):
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor,
@@ -186,26 +185,11 @@ class _Loss(torch.autograd.Function):
         config: list[int],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         for_hidden, for_head = ctx.needs_input_grad[:2]
-        loss, num_tokens, unit, d_hidden, d_head = _run(
+        result = _run(
             student, student_head, teacher, teacher_head, labels, for_hidden, for_head, kind, numbers, ignore_index,
             vocab, chunk_bytes, mode, accumulate, config,
         )  # fmt: skip
-        ctx.save_for_backward(unit, d_hidden, d_head)
-        ctx.dtypes = student.dtype, head_grad_dtype(student_head)
-        ctx.mark_non_differentiable(num_tokens)
-        return loss, num_tokens
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        unit, d_hidden, d_head = ctx.saved_tensors
-        for_hidden, for_head = ctx.needs_input_grad[:2]
-        factor = grad / unit
-        return (
-            finish(d_hidden, factor, ctx.dtypes[0]) if for_hidden else None,
-            finish(d_head, factor, ctx.dtypes[1]) if for_head else None,
-            *(None,) * 11,
-        )
+        return _Loss.keep(ctx, student, student_head, result)
 
 
 def _fake_run(
@@ -214,14 +198,8 @@ def _fake_run(
     accumulate: str, config: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     del teacher, teacher_head, kind, numbers, ignore_index, vocab, chunk_bytes, config  # none of them changes a shape
-    scalar = student.new_empty((), dtype=torch.float32)
-    d_hidden, d_head = student.new_empty(0), student.new_empty(0)
-    if for_hidden:
-        d_hidden = student.new_empty(student.shape, dtype=torch.float32)
-    if for_head:
-        summed = student_head.dtype if mode == "no_logits" else head_sum_dtype(student_head, accumulate)
-        d_head = student.new_empty(student_head.shape, dtype=summed)
-    return scalar, labels.new_empty((), dtype=torch.int32), torch.empty_like(scalar), d_hidden, d_head
+    summed = head_sum_dtype(student_head, mode, accumulate)
+    return fake_result(student, student_head, labels, for_hidden=for_hidden, for_head=for_head, head_dtype=summed)
 
 
 @graph_op("linear_distillation", fake=_fake_run)
@@ -233,7 +211,7 @@ def _run(
     """Return the loss sum, the number of labels, the gradients' unit, and both gradients in that unit (or empty)."""
     num_tokens = (labels != ignore_index).sum(dtype=torch.int32)
     unit = unit_of(num_tokens, student.dtype)
-    summed = student_head.dtype if mode == "no_logits" else head_sum_dtype(student_head, accumulate)
+    summed = head_sum_dtype(student_head, mode, accumulate)
     sums = GradientSums(student, student_head, vocab, for_hidden=for_hidden, for_head=for_head, head_dtype=summed)
     cut = LossConfig(*config)
     shape = cut if cut.block else choose_config(vocab)

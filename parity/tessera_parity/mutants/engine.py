@@ -86,19 +86,23 @@ def prove_all(
     halves: Sequence[str] | None = None,
     limit: int | None = None,
     seconds: float | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Proof:
     """Plant bugs, by name or all, until `limit` or `seconds` run out, in an order that rotates with the seed.
 
     The quick lane takes as many as fit `QUICK_SECONDS`, the other lanes all; the full lane also shrinks. What was
-    left out is said by name and reason. Raises `ParityError` for unknown names.
+    left out is said by name and reason. `share` (k, n) takes every nth bug from the kth on, for processes side by side;
+    the first of them says what was left out and judges the clean halves. Raises `ParityError` for unknown names.
     """
+    first = share[0] == 0
     chosen, left_out = _chosen(context, names, halves)
+    chosen, left_out = chosen[share[0] :: share[1]], left_out if first else []
     if seconds is None and context.lane == QUICK and names is None:
         seconds = QUICK_SECONDS
     started = time.perf_counter()
     bench = Bench(context)
-    if context.lane != QUICK:
-        _face_all(bench)
+    if context.lane != QUICK and first:
+        _face_all(bench, halves)
     clean_seconds = time.perf_counter() - started
     outcomes: list[MutantOutcome] = []
     not_applied: list[str] = []
@@ -112,7 +116,7 @@ def prove_all(
         if outcome.detail.startswith(_NOT_APPLIED):
             not_applied.append(mutant.name)
         outcomes.append(outcome)
-    clean = [_clean_check(bench, half) for half in context.halves if bench.clean_results(half)]
+    clean = [_clean_check(bench, half) for half in context.halves if first and bench.clean_results(half)]
     return Proof(
         outcomes=outcomes,
         clean=clean,
@@ -182,10 +186,12 @@ def _chosen(
     return chosen, left_out
 
 
-def _face_all(bench: Bench) -> None:
+def _face_all(bench: Bench, halves: Sequence[str] | None) -> None:
+    """Let the clean halves among those in which bugs are planted face the battery before any bug does."""
     for half in bench.halves:
-        for probe in bench.probes:
-            bench.clean(probe, half)
+        if halves is None or half.name in halves:
+            for probe in bench.probes:
+                bench.clean(probe, half)
 
 
 def _clean_check(bench: Bench, half: Half) -> Check:
