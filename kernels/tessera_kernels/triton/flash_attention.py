@@ -20,18 +20,19 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tessera_kernels.checks import (
-    expect_dtype,
-    expect_multiple,
-    expect_rank,
-    expect_same_device,
-    expect_same_dtype,
-    expect_shape,
-    expect_triton_device,
-    is_interpreting,
+from tessera_kernels.attention_rule import (
+    Rule,
+    check_dense,
+    check_packed,
+    describable,
+    heads_at_once,
+    outer_strides,
+    precision,
+    rule_of,
+    unit_rows,
 )
+from tessera_kernels.checks import expect_triton_device, is_interpreting
 from tessera_kernels.triton import flash_attention_backward as backward_kernels
-from tessera_kernels.triton._attention_rule import Rule, expect_groups, precision, rule_of
 from tessera_kernels.triton._launch import FLOATS, graph_op, on_device
 from tessera_kernels.triton.flash_attention_configs import (
     ADDS,
@@ -48,7 +49,6 @@ from tessera_shared.errors import KernelError
 
 __all__ = ["CONFIGS", "AttentionConfig", "choose_config", "flash_attention", "flash_attention_varlen"]
 
-_CACHE_BYTES = 24 * 2**20  # of K and V that the heads running at one time may share; the L2 of an H200 has 60 MB
 _STARTS = Tensor | None
 
 
@@ -71,12 +71,8 @@ def flash_attention(
     bfloat16 or float32 (in full precision); N a multiple of K. Any strides: a stride within a head is copied away.
     `deterministic` keeps every sum of the backward in one order. `KernelError` says what does not fit.
     """
-    for what, tensor in (("q_BTNH", q_BTNH), ("k_BSKH", k_BSKH), ("v_BSKH", v_BSKH)):
-        expect_rank(what, tensor, 4)
-    expect_shape(
-        "k_BSKH", k_BSKH, (q_BTNH.shape[0], None, None, q_BTNH.shape[3]), "rows and head width are the queries'"
-    )
-    _check({"q_BTNH": q_BTNH, "k_BSKH": k_BSKH, "v_BSKH": v_BSKH})
+    expect_triton_device("q_BTNH", q_BTNH)
+    check_dense(q_BTNH, k_BSKH, v_BSKH, FLOATS)
     rule = rule_of(q_BTNH.shape[-1], scale, softcap, window, causal)
     cuts = _cuts(q_BTNH, deterministic, config)
     out, lse, _, _ = _Attention.apply(  # type: ignore[no-untyped-call]
@@ -107,36 +103,14 @@ def flash_attention_varlen(
     device, never read by the host. `longest_query` and `longest_key` are at least the longest lengths; queries past them
     are left at 0 and -inf, as are rows past the last sequence, and those take no part in any gradient.
     """
-    for what, tensor in (("q_XNH", q_XNH), ("k_YKH", k_YKH), ("v_YKH", v_YKH)):
-        expect_rank(what, tensor, 3)
-    expect_shape("k_YKH", k_YKH, (None, None, q_XNH.shape[2]), "the head width is the queries'")
-    _check({"q_XNH": q_XNH, "k_YKH": k_YKH, "v_YKH": v_YKH})
-    expect_rank("query_starts", query_starts, 1)
-    expect_shape("key_starts", key_starts, tuple(query_starts.shape), "each sequence has queries and keys")
-    for what, starts in (("query_starts", query_starts), ("key_starts", key_starts)):
-        expect_dtype(what, starts, torch.int32)
-        expect_same_device({"q_XNH": q_XNH, what: starts})
+    expect_triton_device("q_XNH", q_XNH)
+    check_packed(q_XNH, k_YKH, v_YKH, query_starts, key_starts, FLOATS)
     rule = rule_of(q_XNH.shape[-1], scale, softcap, window, causal)
     cuts = _cuts(q_XNH, deterministic, config)
     out, lse, _, _ = _Attention.apply(  # type: ignore[no-untyped-call]
         q_XNH, k_YKH, v_YKH, query_starts.contiguous(), key_starts.contiguous(), longest_query, longest_key, *rule, *cuts
     )  # fmt: skip
     return out, lse
-
-
-def _check(tensors: dict[str, Tensor]) -> None:
-    (q_name, q), (_, k), (v_name, v) = tensors.items()
-    expect_triton_device(q_name, q)
-    expect_dtype(q_name, q, *FLOATS)
-    expect_same_device(tensors)
-    expect_same_dtype(tensors)
-    expect_shape(v_name, v, tuple(k.shape), "each key has one value of the head width")
-    expect_multiple("head width", q.shape[-1], 16, "a tensor-core product takes 16 columns at a time")
-    if q.shape[-1] > 256:
-        raise KernelError(
-            f"head width = {q.shape[-1]}: expected at most 256, because a head is one tile; try more heads"
-        )
-    expect_groups(q.shape[-2], k.shape[-2])
 
 
 def _cuts(q: Tensor, deterministic: bool, config: AttentionConfig | None) -> tuple[list[int], list[int], list[int]]:
@@ -162,7 +136,7 @@ class _Attention(torch.autograd.Function):
         scale: float, softcap: float, window: int, causal: bool,
         forward_cut: list[int], key_cut: list[int], query_cut: list[int],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        q, k, v = _unit_rows(q), _unit_rows(k), _unit_rows(v)
+        q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
         out, lse, top, spread = _run_forward(
             q, k, v, query_starts, key_starts, longest_query, longest_key, scale, softcap, window, causal, forward_cut
         )
@@ -181,14 +155,10 @@ class _Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return None, None, None, *nothing
         q, k, v, out, top, spread, query_starts, key_starts = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else _unit_rows(dout)
+        dout = torch.zeros_like(out) if dout is None else unit_rows(dout)
         dlse = None if dlse is None else dlse.float().contiguous()
         grads = _run_backward(q, k, v, out, dout, dlse, top, spread, query_starts, key_starts, *ctx.plain)
         return *grads, *nothing
-
-
-def _unit_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _fake_forward(
@@ -219,16 +189,16 @@ def _run_forward(
     if q.numel() == 0 or k.numel() == 0:
         return out, lse, top, spread
     padded = triton.next_power_of_2(q.shape[-1])
-    tma = bool(cfg.tma) and _describable(q, k, v)
+    tma = bool(cfg.tma) and describable(q, k, v)
     shape = _Shape.of(q, k, query_starts)
     heads = q.shape[-2]
     grid = (triton.cdiv(longest_query, cfg.block_m) * shape.sequences * heads,)
-    section = _section(2 * longest_key * k.shape[-1] * k.element_size()) * shape.group
+    section = heads_at_once(2 * longest_key * k.shape[-1] * k.element_size()) * shape.group
     with on_device(q), _resources(cfg):
         forward_kernel[grid](
             _describe(q, cfg.block_m, padded, tma), _describe(k, cfg.block_n, padded, tma),
             _describe(v, cfg.block_n, padded, tma), q, k, v, out, lse, top, spread, query_starts, key_starts,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(out),
+            *outer_strides(q), *outer_strides(k), *outer_strides(v), *outer_strides(out),
             shape.sequences, shape.queries, shape.keys, heads, section, longest_query, rule.window, rule.unit, rule.inner,
             GROUP=shape.group, VARLEN=packed, WIDTH=q.shape[-1], PADDED=padded, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
             STAGES=cfg.stages, TMA=tma, AHEAD=bool(cfg.ahead), PRECISION=precision(q), **rule.flags,
@@ -284,7 +254,7 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None, like: Tensor) -> Tens
     padded = triton.next_power_of_2(width)
     block = max(16, 8192 // padded)
     backward_kernels.delta_kernel[(triton.cdiv(queries, block), sequences * heads)](
-        out, dout, delta if dlse is None else dlse, delta, *_strides(out), *_strides(dout), queries, heads,
+        out, dout, delta if dlse is None else dlse, delta, *outer_strides(out), *outer_strides(dout), queries, heads,
         HAS_DLSE=dlse is not None, WIDTH=width, PADDED=padded, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return delta
@@ -295,18 +265,18 @@ def _run_keys(
     query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int, rule: Rule, cfg: KeyConfig,
 ) -> None:  # fmt: skip
     padded = triton.next_power_of_2(q.shape[-1])
-    tma = bool(cfg.tma) and _describable(q, dout)
+    tma = bool(cfg.tma) and describable(q, dout)
     add = "pointer" if cfg.fused and is_interpreting() else ADDS[cfg.fused]
     shape = _Shape.of(q, k, query_starts)
     heads = k.shape[-2]
     grid = (triton.cdiv(longest_key, cfg.block_n) * shape.sequences * heads,)
-    section = _section(2 * longest_query * shape.group * q.shape[-1] * q.element_size())
+    section = heads_at_once(2 * longest_query * shape.group * q.shape[-1] * q.element_size())
     with _resources(cfg):
         backward_kernels.key_kernel[grid](
             _describe(q, cfg.block_m, padded, tma), _describe(dout, cfg.block_m, padded, tma),
             _describe(total, cfg.block_m, padded, add == "descriptor"), q, k, v, dout, *rows, total, dk, dv,
             query_starts, key_starts,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(dout), *_strides(total), *_strides(dk),
+            *outer_strides(q), *outer_strides(k), *outer_strides(v), *outer_strides(dout), *outer_strides(total), *outer_strides(dk),
             shape.sequences, shape.queries, shape.keys, heads, section, longest_key,
             rule.window, rule.unit, rule.inner, rule.scale,
             GROUP=shape.group, VARLEN=query_starts is not None, ADD=add, WIDTH=q.shape[-1], PADDED=padded,
@@ -320,15 +290,15 @@ def _run_queries(
     query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int, rule: Rule, cfg: QueryConfig,
 ) -> None:  # fmt: skip
     padded = triton.next_power_of_2(q.shape[-1])
-    tma = bool(cfg.tma) and _describable(k, v)
+    tma = bool(cfg.tma) and describable(k, v)
     shape = _Shape.of(q, k, query_starts)
     heads = q.shape[-2]
     grid = (triton.cdiv(longest_query, cfg.block_m) * shape.sequences * heads,)
-    section = _section(2 * longest_key * k.shape[-1] * k.element_size()) * shape.group
+    section = heads_at_once(2 * longest_key * k.shape[-1] * k.element_size()) * shape.group
     with _resources(cfg):
         backward_kernels.query_kernel[grid](
             _describe(k, cfg.block_n, padded, tma), _describe(v, cfg.block_n, padded, tma), q, k, v, dout, *rows, dq,
-            query_starts, key_starts, *_strides(q), *_strides(k), *_strides(v), *_strides(dout), *_strides(dq),
+            query_starts, key_starts, *outer_strides(q), *outer_strides(k), *outer_strides(v), *outer_strides(dout), *outer_strides(dq),
             shape.sequences, shape.queries, shape.keys, heads, section, longest_query,
             rule.window, rule.unit, rule.inner, rule.scale,
             GROUP=shape.group, VARLEN=query_starts is not None, WIDTH=q.shape[-1], PADDED=padded,
@@ -368,24 +338,6 @@ class _resources:  # noqa: N801
                 f"config = {self.config}: expected {error.name} up to {error.limit}, because this GPU has no more, and the "
                 f"kernel needs {error.required}; try a smaller tile or fewer stages"
             ) from error
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of sequence, position and head; a packed tensor is one sequence."""
-    batch = x.stride(0) if x.ndim == 4 else 0
-    return batch, x.stride(-3), x.stride(-2)
-
-
-def _section(bytes_a_head: int) -> int:
-    return max(1, _CACHE_BYTES // max(1, bytes_a_head))
-
-
-def _describable(*tensors: Tensor) -> bool:
-    """Can the copy engine read these as they lie? 16-byte rows and base; no zero strides."""
-    return all(
-        x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
-        for x in tensors
-    )
 
 
 def _describe(x: Tensor, rows: int, padded: int, tma: bool) -> Any:

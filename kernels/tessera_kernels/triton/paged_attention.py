@@ -28,6 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tessera_kernels.attention_rule import Rule, expect_groups, precision, rule_of
 from tessera_kernels.checks import (
     expect_between,
     expect_dtype,
@@ -39,7 +40,6 @@ from tessera_kernels.checks import (
     expect_shape,
     expect_triton_device,
 )
-from tessera_kernels.triton._attention_rule import Rule, expect_groups, precision, rule_of
 from tessera_kernels.triton._launch import FLOATS, graph_op, num_sms, on_device
 from tessera_kernels.triton._paged_kernels import merge_kernel, split_kernel
 from tessera_shared.errors import KernelError
