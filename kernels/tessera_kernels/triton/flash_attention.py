@@ -126,7 +126,37 @@ def _cuts(q: Tensor, deterministic: bool, config: AttentionConfig | None) -> tup
     return list(chosen.forward), list(chosen.keys), list(chosen.queries)
 
 
-class _Attention(torch.autograd.Function):
+class Attention(torch.autograd.Function):
+    """Attention whose forward leaves (out, lse, top, spread) to the backward kernels of this file.
+
+    The first three inputs of a forward are q, k and v; it ends with `keep`.
+    """
+
+    @staticmethod
+    def keep(ctx: Any, *tensors: Tensor | None, plain: tuple[Any, ...]) -> None:
+        """Save (q, k, v, out, top, spread, query_starts, key_starts) and the plain arguments of `_run_backward`."""
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*tensors[4:6])
+        ctx.set_materialize_grads(False)
+        ctx.plain = plain
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _dtop: Tensor | None, _dspread: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of q, k and v."""
+        nothing = (None,) * (len(ctx.needs_input_grad) - 3)
+        if dout is None and dlse is None:
+            return None, None, None, *nothing
+        q, k, v, out, top, spread, query_starts, key_starts = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else unit_rows(dout)
+        dlse = None if dlse is None else dlse.float().contiguous()
+        grads = _run_backward(q, k, v, out, dout, dlse, top, spread, query_starts, key_starts, *ctx.plain)
+        return *grads, *nothing
+
+
+class _Attention(Attention):
     """Autograd's view: (q, k, v, starts, lengths, rule, cuts) -> (out, lse, and what the backward needs of each row)."""
 
     @staticmethod
@@ -137,28 +167,10 @@ class _Attention(torch.autograd.Function):
         forward_cut: list[int], key_cut: list[int], query_cut: list[int],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
-        out, lse, top, spread = _run_forward(
-            q, k, v, query_starts, key_starts, longest_query, longest_key, scale, softcap, window, causal, forward_cut
-        )
-        ctx.save_for_backward(q, k, v, out, top, spread, query_starts, key_starts)
-        ctx.mark_non_differentiable(top, spread)
-        ctx.set_materialize_grads(False)
-        ctx.plain = (longest_query, longest_key, scale, softcap, window, causal, key_cut, query_cut)
+        plain = (longest_query, longest_key, scale, softcap, window, causal)
+        out, lse, top, spread = _run_forward(q, k, v, query_starts, key_starts, *plain, forward_cut)
+        Attention.keep(ctx, q, k, v, out, top, spread, query_starts, key_starts, plain=(*plain, key_cut, query_cut))
         return out, lse, top, spread
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _dtop: Tensor | None, _dspread: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 11
-        if dout is None and dlse is None:
-            return None, None, None, *nothing
-        q, k, v, out, top, spread, query_starts, key_starts = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else unit_rows(dout)
-        dlse = None if dlse is None else dlse.float().contiguous()
-        grads = _run_backward(q, k, v, out, dout, dlse, top, spread, query_starts, key_starts, *ctx.plain)
-        return *grads, *nothing
 
 
 def _fake_forward(
