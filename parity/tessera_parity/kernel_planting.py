@@ -1,10 +1,10 @@
 """Plant a bug in a kernel: packages are copied to a temporary directory, patched there and imported from there.
 
 `triton.jit` reads a function's source from its file, so patching in memory (`loading.FreshModules`) would compile the
-clean kernel. While a bug is planted, `sys.modules` holds the patched modules and the op's cases over them; afterwards it
-holds what it held before. Custom operators get a namespace of their own, because torch keeps one of each name: a second
-registration would end the first, and its own end would leave the clean kernel without an operator. So the kernels are
-copied whether or not the bug is theirs.
+clean kernel, and a CUDA kernel is a file of its own. While a bug is planted, `sys.modules` holds the patched modules and
+the op's cases over them; afterwards it holds what it held before. Custom operators get a namespace of their own, because
+torch keeps one of each name: a second registration would end the first, and its own end would leave the clean kernel
+without an operator. So the kernels are copied whether or not the bug is theirs.
 """
 
 import importlib
@@ -31,7 +31,7 @@ _numbers = count(1)
 @contextmanager
 def planted(name: str, patch: Patch) -> Iterator[KernelOp]:
     """Give the op called `name` over kernels with `patch` applied. Raises `ParityError` unless it applies once."""
-    packages = {patch.module.partition(".")[0], KERNELS}
+    packages = {patch.parts[0], KERNELS}
     with tempfile.TemporaryDirectory(prefix="tessera-bug-") as folder:
         for package in packages:
             source = Path(str(importlib.import_module(package).__file__)).parent

@@ -33,17 +33,26 @@ class Patch:
     replace: str
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The file's path from its package on: ("tessera_kernels", "cuda", "rms_norm.cu")."""
+        parts = Path(self.file).parts
+        starts = [index for index, part in enumerate(parts) if part.startswith("tessera_")]
+        if not starts:
+            raise self._refusal("a file")
+        return parts[starts[0] :]
+
+    @property
     def module(self) -> str:
         """The dotted name of the module that this file is."""
-        parts = Path(self.file).with_suffix("").parts
-        starts = [index for index, part in enumerate(parts) if part.startswith("tessera_")]
-        if not starts or not self.file.endswith(".py"):
-            raise ParityError(
-                f"patch file = {self.file!r}: expected a Python file of a tessera_ package, because only those are "
-                "loaded from source; try 'tessera_torch/model/norms.py'"
-            )
-        dotted = ".".join(parts[starts[0] :])
-        return dotted.removesuffix(".__init__")
+        if not self.file.endswith(".py"):
+            raise self._refusal("a Python file")
+        return ".".join(self.parts).removesuffix(".py").removesuffix(".__init__")
+
+    def _refusal(self, wanted: str) -> ParityError:
+        return ParityError(
+            f"patch file = {self.file!r}: expected {wanted} of a tessera_ package, because only those are loaded from "
+            "source; try 'tessera_torch/model/norms.py'"
+        )
 
     def applied_to(self, source: str) -> str:
         """Return the source with the replacement made. Raises `ParityError` unless it can be made exactly once."""
@@ -56,9 +65,8 @@ class Patch:
         return source.replace(self.find, self.replace)
 
     def plant_in(self, folder: Path) -> None:
-        """Apply it to the file of a copy of its package that lies in `folder`."""
-        module = folder.joinpath(*self.module.split("."))
-        file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+        """Apply it to the file, Python or not, of a copy of its package that lies in `folder`."""
+        file = folder.joinpath(*self.parts)
         file.write_text(self.applied_to(file.read_text(encoding="utf-8") if file.exists() else ""), encoding="utf-8")
 
 

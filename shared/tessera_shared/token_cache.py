@@ -21,20 +21,14 @@ from tessera_shared.errors import FormatError
 from tessera_shared.packing import TokenStream, join_documents
 from tessera_shared.tensor_file import TensorFile, write_tensors
 from tessera_shared.tokens import Tokenizer
+from tessera_shared.user_cache import cache_folder
 
 _FORMAT_VERSION = 2
 
 
 def token_folder() -> Path | None:
-    """Return where this user's token streams are: below XDG_CACHE_HOME, or ~/.cache. None for a user without a home.
-
-    A relative XDG_CACHE_HOME is passed over, as the XDG base directory specification has it.
-    """
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        return (named if named.is_absolute() else Path.home() / ".cache") / "tessera" / "tokens"
-    except RuntimeError:  # no HOME, and no entry for this user either
-        return None
+    """Return where this user's token streams are; None for a user without a home."""
+    return cache_folder("tokens")
 
 
 def cached_stream(

@@ -89,6 +89,21 @@ def test_a_patch_of_a_file_that_is_not_ours_is_refused_in_one_line(file):
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_is_no_module_is_patched_in_a_copy_of_its_package(tmp_path):
+    folder = tmp_path / "tessera_kernels" / "cuda"
+    folder.mkdir(parents=True)
+    (folder / "sample.cu").write_text("sum += x;\n")
+    patch = Patch(file="kernels/tessera_kernels/cuda/sample.cu", find="+=", replace="=")
+    patch.plant_in(tmp_path)
+    assert (folder / "sample.cu").read_text() == "sum = x;\n"
+    with pytest.raises(ParityError, match="occurs 0 times"):
+        Patch(file="tessera_kernels/cuda/absent.cu", find="+=", replace="=").plant_in(tmp_path)
+    with pytest.raises(ParityError, match=r"patch file = .*expected a Python file"):
+        _ = patch.module
+    with pytest.raises(ParityError, match=r"patch file = .*expected a file of a tessera_ package"):
+        Patch(file="numpy/linalg.cu", find="a", replace="b").plant_in(tmp_path)
+
+
 def test_an_unknown_half_and_a_missing_framework_say_what_to_do(monkeypatch):
     with pytest.raises(ParityError, match="expected one of numpy, torch, jax"):
         load_half("tensorflow")

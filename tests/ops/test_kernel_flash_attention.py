@@ -9,8 +9,14 @@ import torch
 pytest.importorskip("triton")
 
 from tessera_kernels.reference import flash_attention as reference
-from tessera_kernels.triton.flash_attention import CONFIGS, choose_config, flash_attention, flash_attention_varlen
-from tessera_kernels.triton.flash_attention_configs import SHARED_BYTES
+from tessera_kernels.triton.flash_attention import (
+    CONFIGS,
+    AttentionConfig,
+    choose_config,
+    flash_attention,
+    flash_attention_varlen,
+)
+from tessera_kernels.triton.flash_attention_configs import SHARED_BYTES, SUMS_AND_SCORES
 from tessera_parity.kernel_budget import kernel_limit
 from tessera_parity.kernel_cases.flash_attention import OP, SMALL_FUSED, SMALL_SPLIT, Case
 from tessera_parity.kernel_judge import judge
@@ -151,9 +157,43 @@ def test_the_fused_backward_keeps_the_rule(case: Case) -> None:
     assert OP.unordered(replace(case, config=SMALL_SPLIT)) == frozenset()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("config", [SMALL_SPLIT, SMALL_FUSED])
+def test_what_is_wrong_in_one_packed_sequence_reaches_no_other(config: AttentionConfig) -> None:
+    """Tiles of a sequence's last queries reach past its end, into memory that belongs to the next."""
+    lengths = (5, 19, 3, 16)
+    q, k, v = (x[0].requires_grad_() for x in inputs(queries=43, keys=43))
+    with torch.no_grad():
+        q[5:24] = torch.nan
+    edges = starts(*lengths)
+    out, _ = flash_attention_varlen(q, k, v, edges, edges, longest_query=19, longest_key=19, config=config)
+    grads = torch.autograd.grad(out, [q, k, v], random(*out.shape, seed=5))
+    clean = torch.ones(43, dtype=torch.bool)
+    clean[5:24] = False
+    assert all(bool(torch.isfinite(x[clean]).all()) and bool(torch.isnan(x[~clean]).all()) for x in (out, *grads))
+
+
+@pytest.mark.parametrize("config", [SMALL_SPLIT, SMALL_FUSED])
+def test_scores_of_1e10_pick_their_value_and_its_gradient(config: AttentionConfig) -> None:
+    """Where one rounding of a score is worth thousands, neither overflow nor nothing must come of it."""
+    q = torch.full((1, 3, 1, 16), 6e4)
+    k = torch.tensor([1.0, 3.0, 2.0, 3.0])[None, :, None, None] * torch.full((1, 4, 1, 16), 2e4)
+    q, k, v = (x.requires_grad_() for x in (q, k, random(1, 4, 1, 16)))
+    out, lse = flash_attention(q, k, v, causal=False, config=config)
+    dout = random(1, 3, 1, 16, seed=7)
+    grad = torch.autograd.grad(out, v, dout)[0]
+    assert torch.equal(out, (0.5 * (v[:, 1] + v[:, 3]))[:, None].expand_as(out))
+    score = 6e4 * 6e4 * 16 / 4
+    assert float((lse.detach() - score).abs().max()) <= kernel_limit(0.0, torch.float32, magnitude=score, length=16)
+    assert bool((grad[0, [0, 2]] == 0.0).all())
+    shares = grad[0, [1, 3]] / dout.sum(1)  # two equal keys: a half each, or the bound of one
+    assert bool(((shares >= 0.49) & (shares <= 1.01)).all())
+
+
 def test_every_configuration_fits_some_head_width_and_the_chosen_ones_fit_theirs() -> None:
     for config in CONFIGS:
         assert all(part.shared_bytes(64, 2) <= SHARED_BYTES for part in config)
+        assert all(part.registers(64) <= SUMS_AND_SCORES for part in config)
     for width in range(16, 257, 16):
         padded = 1 << (width - 1).bit_length()
         for dtype in (torch.float32, torch.bfloat16):
@@ -161,6 +201,7 @@ def test_every_configuration_fits_some_head_width_and_the_chosen_ones_fit_theirs
                 config = choose_config(width, dtype, deterministic=deterministic)
                 parts = config if config.deterministic else config[:2]
                 assert all(part.shared_bytes(padded, dtype.itemsize) <= SHARED_BYTES for part in parts)
+                assert dtype == torch.float32 or all(part.registers(padded) <= SUMS_AND_SCORES for part in parts)
                 assert config.deterministic or not deterministic
 
 

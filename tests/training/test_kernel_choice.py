@@ -102,6 +102,19 @@ def test_a_model_or_objective_that_the_kernels_do_not_cover_is_refused_by_name(s
     assert "; try " in str(caught.value)
 
 
+def test_cuda_takes_its_own_kernels_and_tritons_for_the_rest(monkeypatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    choice = choose("cuda", device="cpu", numerics=BFLOAT16, spec=SPEC)
+    assert choice.why == "kernels: cuda, as asked"
+    rooms = {
+        name: getattr(choice.ops, name).__module__.split(".")[1] for name in ("flash_attention", "rms_norm", "swiglu")
+    }
+    assert rooms == {"flash_attention": "cuda", "rms_norm": "cuda", "swiglu": "triton"}
+    with pytest.raises(KernelError, match=r"dtype = float32 with kernels = 'cuda': expected bfloat16"):
+        choose("cuda", device="cpu", numerics=FLOAT32, spec=SPEC)
+
+
 def test_an_unknown_choice_and_kernels_for_jax_are_refused() -> None:
     with pytest.raises(KernelError, match="kernels = 'fast': expected one of auto, triton, cuda, reference"):
         check_kernels("fast", backend="torch")

@@ -76,14 +76,11 @@ def choose(
         return Choice(ops=None, why="kernels: reference (plain torch), as asked")
     found = obstacles(
         device=device, numerics=numerics, spec=spec, objective=objective, teacher=teacher, compiled=compiled,
-        interpreter=kernels == "triton",
+        interpreter=kernels != "auto",
     )  # fmt: skip
     obstacle = next(found, None)
     if kernels == "cuda" and obstacle is None:
-        obstacle = MissingDependency(
-            "kernels = 'cuda': expected CUDA C++ kernels, because they were asked for by name, and none is part of this "
-            "version; try kernels='triton'"
-        )
+        obstacle = next(_cuda_obstacles(device, numerics), None)
     if kernels == "auto":
         if obstacle is not None:
             return Choice(ops=None, why=f"kernels: auto took reference (plain torch), because {_reason(obstacle)}")
@@ -92,7 +89,7 @@ def choose(
         )
     if obstacle is not None:
         raise obstacle
-    return Choice(ops=triton_ops(), why=f"kernels: {kernels}, as asked")
+    return Choice(ops=cuda_ops() if kernels == "cuda" else triton_ops(), why=f"kernels: {kernels}, as asked")
 
 
 def obstacles(
@@ -131,6 +128,24 @@ def obstacles(
         yield from _objective_obstacles(objective, spec, teacher)
 
 
+def _cuda_obstacles(device: str, numerics: Numerics) -> Iterator[MissingDependency | KernelError]:
+    """Yield what stands against CUDA C++ where Triton could run."""
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        yield MissingDependency(
+            "cuda-bindings = not installed: expected the package, because it compiles the CUDA sources; try kernels='triton'"
+        )
+    if numerics.compute != "bfloat16":
+        yield KernelError(
+            f"dtype = {numerics.compute} with kernels = 'cuda': expected bfloat16, because its attention is a product of "
+            "16-bit numbers; try kernels='triton'"
+        )
+    if device.startswith("cuda") and torch.cuda.get_device_capability(device) < (8, 0):
+        yield MissingDependency(
+            f"device = {torch.cuda.get_device_name(device)!r}: expected compute capability 8.0 or newer, because the sources "
+            "use its instructions; try kernels='reference'"
+        )
+
+
 def _objective_obstacles(objective: Objective, spec: ModelSpec, teacher: ModelSpec | None) -> Iterator[KernelError]:
     options = objective.distil
     if options is None:
@@ -157,6 +172,11 @@ def triton_ops() -> Ops:
     return _ops("triton")
 
 
+def cuda_ops() -> Ops:
+    """Return the CUDA C++ kernels, and the Triton kernel of each op that has none. Imports triton."""
+    return _ops("cuda", "triton")
+
+
 def reference_ops() -> Ops:
     """Return the kernels' references: the same structure in plain torch, on any device, float64 included.
 
@@ -165,15 +185,16 @@ def reference_ops() -> Ops:
     return _ops("reference")
 
 
-def _ops(room: str) -> Ops:
-    """Return the operations of one room of `tessera_kernels`, which has a file for each op."""
+def _ops(*rooms: str) -> Ops:
+    """Return the operations of `tessera_kernels`, each from the first of these rooms that has a file of its name."""
 
     def file(op: str) -> Any:
-        return import_module(f"tessera_kernels.{room}.{op}")
+        places = (f"tessera_kernels.{room}.{op}" for room in rooms)
+        return import_module(next(place for place in places if find_spec(place) is not None))
 
     attention, norm = file("flash_attention"), file("rms_norm")
     return Ops(
-        name=room,
+        name=rooms[0],
         flash_attention=attention.flash_attention,
         flash_attention_varlen=attention.flash_attention_varlen,
         rms_norm=norm.rms_norm,

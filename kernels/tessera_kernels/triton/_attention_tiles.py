@@ -1,4 +1,4 @@
-"""What the attention kernels share: loading a tile, which keys a row sees, which tiles need no mask, tanh, probabilities.
+"""What the attention kernels share: loading a tile, which keys a row sees, which tiles need no mask, tanh, exponents.
 
 Positions: query t of a sequence with T queries and S keys stands at key position t + S - T. Causal: it sees keys up to its
 position; with a window, only those nearer than `window` (both ways when not causal).
@@ -36,6 +36,40 @@ def load_tile(
             inside = inside & (columns < WIDTH)[None, :]
         tile = tl.load(places, mask=inside, other=0.0)
     return tile
+
+
+SPARE = 132
+"""Numbers between the statistics of two packed sequences: no tile of 128 rows reaches from one into the next."""
+
+_SPARE = tl.constexpr(SPARE)
+
+
+@triton.jit
+def line_start(first, sequence, VARLEN: tl.constexpr):
+    """Where a sequence's statistics begin in their line: at whole 16 bytes, SPARE numbers or more after the one before."""
+    if VARLEN:  # noqa: SIM108 - decides which code is compiled
+        start = (first + _SPARE * sequence) // 4 * 4
+    else:
+        start = first
+    return start
+
+
+@triton.jit
+def load_row(
+    descriptor, pointer, line, width, start, row, length, other, ROWS: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """Load numbers [row, row + ROWS) of a sequence that begins at `start` of its line; `other` past its `length`.
+
+    By the copy engine, what stands past the end is what the line was filled with, and zeros past the end of the line. Copied
+    by threads, the numbers would go to every thread that needs one: 48 copies of four bytes in each of 256 threads, for a
+    tile of 64 queries with three of them.
+    """
+    if TMA:
+        numbers = descriptor.load([line, start + row]).reshape([ROWS])
+    else:
+        places = row + tl.arange(0, ROWS)
+        numbers = tl.load(pointer + tl.cast(line, tl.int64) * width + start + places, mask=places < length, other=other)
+    return numbers
 
 
 @triton.jit
@@ -165,11 +199,30 @@ def tanh(x):
 
 
 @triton.jit
-def probabilities(scores, top, spread, unit_log2):
-    """exp2((scores - top) unit - spread), never above 1: rows are given as broadcastable `top` and `spread` = log2 sum.
+def slope_of(top, unit_log2):
+    """What a row's scores are multiplied by before exp2, given its largest: the unit, in units of log2.
 
-    The difference comes before the product: for scores near 1e10 a fused multiply-add would leave its rounding, thousands,
-    in the exponent. The bound absorbs the last-place difference between two orders of accumulation, which is as large there.
+    An exponent is s u - b by one fused multiply-add, b = top u rounded: the same rounding in every term and in their sum,
+    where it cancels. From 2^24 on it is worth a factor of two and more, as is the scores' own rounding; there u gives way
+    to the power of two below it, by which products are exact: the largest exponent stays 0, and nothing overflows.
     """
-    exponent = (scores - top) * unit_log2 - spread
+    power = (unit_log2.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(top) * unit_log2 < 16777216.0, unit_log2, power)
+
+
+@triton.jit
+def exponents_from(top, spread, unit_log2):
+    """Return the base of each row in the backward, top u + log2 sum; a large one lower by a few roundings, see above."""
+    base = tl.fma(top, unit_log2, spread)
+    lower = base * tl.where(base < 0.0, 1.0000002384185791, 0.9999997615814209)
+    return tl.where(tl.abs(base) < 16777216.0, base, lower)
+
+
+@triton.jit
+def probabilities(scores, base, unit_log2):
+    """exp2(score u - base), never above 1: rows are given as a broadcastable `base`, see `exponents_from`.
+
+    The bound absorbs what two orders of accumulation differ by, thousands for scores near 1e10.
+    """
+    exponent = tl.fma(scores, unit_log2, -base)
     return tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))

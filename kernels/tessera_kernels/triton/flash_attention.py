@@ -10,6 +10,7 @@ Reference: `tessera_kernels.reference.flash_attention`.
 # ruff: noqa: ARG001 - a fake takes what its op takes
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from tessera_kernels.attention_rule import (
 )
 from tessera_kernels.checks import expect_triton_device, is_interpreting
 from tessera_kernels.triton import flash_attention_backward as backward_kernels
+from tessera_kernels.triton._attention_tiles import SPARE
 from tessera_kernels.triton._launch import FLOATS, graph_op, on_device
 from tessera_kernels.triton.flash_attention_configs import (
     ADDS,
@@ -133,12 +135,15 @@ class Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def keep(ctx: Any, *tensors: Tensor | None, plain: tuple[Any, ...]) -> None:
-        """Save (q, k, v, out, top, spread, query_starts, key_starts) and the plain arguments of `_run_backward`."""
+    def keep(ctx: Any, *tensors: Tensor | None, plain: tuple[Any, ...], run: Callable[..., tuple[Tensor, ...]]) -> None:
+        """Save (q, k, v, out, top, spread, query_starts, key_starts), what makes gradients and its plain arguments.
+
+        `run` is called as `run_backward` is.
+        """
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*tensors[4:6])
         ctx.set_materialize_grads(False)
-        ctx.plain = plain
+        ctx.plain, ctx.run = plain, run
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -152,7 +157,7 @@ class Attention(torch.autograd.Function):
         q, k, v, out, top, spread, query_starts, key_starts = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else unit_rows(dout)
         dlse = None if dlse is None else dlse.float().contiguous()
-        grads = _run_backward(q, k, v, out, dout, dlse, top, spread, query_starts, key_starts, *ctx.plain)
+        grads = ctx.run(q, k, v, out, dout, dlse, top, spread, query_starts, key_starts, *ctx.plain)
         return *grads, *nothing
 
 
@@ -169,27 +174,29 @@ class _Attention(Attention):
         q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
         plain = (longest_query, longest_key, scale, softcap, window, causal)
         out, lse, top, spread = _run_forward(q, k, v, query_starts, key_starts, *plain, forward_cut)
-        Attention.keep(ctx, q, k, v, out, top, spread, query_starts, key_starts, plain=(*plain, key_cut, query_cut))
+        saved = (q, k, v, out, top, spread, query_starts, key_starts)
+        Attention.keep(ctx, *saved, plain=(*plain, key_cut, query_cut), run=run_backward)
         return out, lse, top, spread
 
 
-def _fake_forward(
+def fake_forward(
     q: Tensor, k: Tensor, v: Tensor, query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int,
     scale: float, softcap: float, window: int, causal: bool, cut: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the empty tensors of a forward: out, lse, top, spread."""
     rows = (q.shape[0], q.shape[2], q.shape[1]) if query_starts is None else (q.shape[1], q.shape[0])
     row = q.new_empty(rows, dtype=torch.float32)
     return torch.empty_like(q, memory_format=torch.contiguous_format), row, torch.empty_like(row), torch.empty_like(row)
 
 
-@graph_op("flash_attention_forward", fake=_fake_forward)
+@graph_op("flash_attention_forward", fake=fake_forward)
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int,
     scale: float, softcap: float, window: int, causal: bool, cut: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return out, lse, and each row's maximum before scaling and log2 sum, all rows as (sequence, head, query)."""
     rule, cfg = Rule(scale, softcap, window, causal), ForwardConfig(*cut)
-    out, lse, top, spread = _fake_forward(
+    out, lse, top, spread = fake_forward(
         q, k, v, query_starts, key_starts, longest_query, longest_key, scale, softcap, window, causal, cut
     )
     packed = query_starts is not None
@@ -219,17 +226,18 @@ def _run_forward(
     return out, lse, top, spread
 
 
-def _fake_backward(
+def fake_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, dlse: Tensor | None, top: Tensor, spread: Tensor,
     query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int,
     scale: float, softcap: float, window: int, causal: bool, key_cut: list[int], query_cut: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the empty tensors of a backward."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
 
 
-@graph_op("flash_attention_backward", fake=_fake_backward)
-def _run_backward(
+@graph_op("flash_attention_backward", fake=fake_backward)
+def run_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, dlse: Tensor | None, top: Tensor, spread: Tensor,
     query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int,
     scale: float, softcap: float, window: int, causal: bool, key_cut: list[int], query_cut: list[int],
@@ -243,8 +251,7 @@ def _run_backward(
     if q.numel() == 0 or k.numel() == 0:
         return dq, dk, dv
     with on_device(q):
-        delta = _delta(out, dout, dlse, top)
-        rows = (top, spread, delta)
+        rows = _statistics(out, dout, dlse, top, spread, query_starts, longest_query, rule)
         if keys.fused:
             total = torch.zeros(
                 (*q.shape[:-1], triton.next_power_of_2(q.shape[-1])), dtype=torch.float32, device=q.device
@@ -259,59 +266,73 @@ def _run_backward(
     return dq, dk, dv
 
 
-def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None, like: Tensor) -> Tensor:
-    delta = torch.empty_like(like)
-    sequences, queries = (1, out.shape[0]) if out.ndim == 3 else out.shape[:2]
-    heads, width = out.shape[-2:]
+def _statistics(
+    out: Tensor, dout: Tensor, dlse: Tensor | None, top: Tensor, spread: Tensor, query_starts: _STARTS, longest_query: int,
+    rule: Rule,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return base and delta of each row in lines, [.., line], where a sequence begins at whole 16 bytes."""
+    queries, heads, width = out.shape[-3:]
+    packed = query_starts is not None
+    sequences = query_starts.shape[0] - 1 if query_starts is not None else out.shape[0]
+    line = 4 * triton.cdiv(queries + sequences * SPARE * packed, 4)
+    base, delta = (top.new_empty((*top.shape[:-1], line)) for _ in range(2))
+    if packed:  # between and after sequences: probability 0
+        base.fill_(math.inf)
+        delta.zero_()
     padded = triton.next_power_of_2(width)
     block = max(16, 8192 // padded)
-    backward_kernels.delta_kernel[(triton.cdiv(queries, block), sequences * heads)](
-        out, dout, delta if dlse is None else dlse, delta, *outer_strides(out), *outer_strides(dout), queries, heads,
-        HAS_DLSE=dlse is not None, WIDTH=width, PADDED=padded, BLOCK=block, num_warps=4,
+    backward_kernels.delta_kernel[(triton.cdiv(longest_query, block), sequences * heads)](
+        out, dout, delta if dlse is None else dlse, top, spread, base, delta, query_starts,
+        *outer_strides(out), *outer_strides(dout), queries, heads, line, rule.unit,
+        HAS_DLSE=dlse is not None, VARLEN=packed, WIDTH=width, PADDED=padded, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    return delta
+    return base, delta
 
 
 def _run_keys(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: tuple[Tensor, Tensor, Tensor], total: Tensor, dk: Tensor, dv: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: tuple[Tensor, Tensor], total: Tensor, dk: Tensor, dv: Tensor,
     query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int, rule: Rule, cfg: KeyConfig,
 ) -> None:  # fmt: skip
     padded = triton.next_power_of_2(q.shape[-1])
-    tma = bool(cfg.tma) and describable(q, dout)
+    tma = bool(cfg.tma) and describable(q, k, v, dout)
     add = "pointer" if cfg.fused and is_interpreting() else ADDS[cfg.fused]
-    shape = _Shape.of(q, k, query_starts)
+    shape, packed = _Shape.of(q, k, query_starts), query_starts is not None
     heads = k.shape[-2]
     grid = (triton.cdiv(longest_key, cfg.block_n) * shape.sequences * heads,)
     section = heads_at_once(2 * longest_query * shape.group * q.shape[-1] * q.element_size())
     with _resources(cfg):
         backward_kernels.key_kernel[grid](
             _describe(q, cfg.block_m, padded, tma), _describe(dout, cfg.block_m, padded, tma),
+            _describe(k, cfg.block_n, padded, tma), _describe(v, cfg.block_n, padded, tma),
+            *(_describe_lines(x, x.shape[-1] if packed else shape.queries, cfg) for x in rows),
             _describe(total, cfg.block_m, padded, add == "descriptor"), q, k, v, dout, *rows, total, dk, dv,
             query_starts, key_starts,
             *outer_strides(q), *outer_strides(k), *outer_strides(v), *outer_strides(dout), *outer_strides(total), *outer_strides(dk),
-            shape.sequences, shape.queries, shape.keys, heads, section, longest_key,
+            rows[0].shape[-1], shape.sequences, shape.queries, shape.keys, heads, section, longest_key,
             rule.window, rule.unit, rule.inner, rule.scale,
-            GROUP=shape.group, VARLEN=query_starts is not None, ADD=add, WIDTH=q.shape[-1], PADDED=padded,
-            BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, STAGES=cfg.stages, KEYS_FIRST=bool(cfg.keys_first), TMA=tma,
-            PRECISION=precision(q), **rule.flags, num_warps=cfg.num_warps, num_stages=cfg.stages,
+            GROUP=shape.group, VARLEN=packed, ADD=add, WIDTH=q.shape[-1], PADDED=padded,
+            BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, STAGES=cfg.stages, KEYS_FIRST=bool(cfg.keys_first),
+            EARLY=bool(cfg.early), TMA=tma, ROWS_TMA=bool(cfg.tma), PRECISION=precision(q), **rule.flags,
+            num_warps=cfg.num_warps, num_stages=cfg.stages,
         )  # fmt: skip
 
 
 def _run_queries(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: tuple[Tensor, Tensor, Tensor], dq: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: tuple[Tensor, Tensor], dq: Tensor,
     query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int, rule: Rule, cfg: QueryConfig,
 ) -> None:  # fmt: skip
     padded = triton.next_power_of_2(q.shape[-1])
-    tma = bool(cfg.tma) and describable(k, v)
+    tma = bool(cfg.tma) and describable(q, k, v, dout)
     shape = _Shape.of(q, k, query_starts)
     heads = q.shape[-2]
     grid = (triton.cdiv(longest_query, cfg.block_m) * shape.sequences * heads,)
     section = heads_at_once(2 * longest_key * k.shape[-1] * k.element_size()) * shape.group
     with _resources(cfg):
         backward_kernels.query_kernel[grid](
+            _describe(q, cfg.block_m, padded, tma), _describe(dout, cfg.block_m, padded, tma),
             _describe(k, cfg.block_n, padded, tma), _describe(v, cfg.block_n, padded, tma), q, k, v, dout, *rows, dq,
             query_starts, key_starts, *outer_strides(q), *outer_strides(k), *outer_strides(v), *outer_strides(dout), *outer_strides(dq),
-            shape.sequences, shape.queries, shape.keys, heads, section, longest_query,
+            rows[0].shape[-1], shape.sequences, shape.queries, shape.keys, heads, section, longest_query,
             rule.window, rule.unit, rule.inner, rule.scale,
             GROUP=shape.group, VARLEN=query_starts is not None, WIDTH=q.shape[-1], PADDED=padded,
             BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, STAGES=cfg.stages, TMA=tma,
@@ -363,3 +384,9 @@ def _describe(x: Tensor, rows: int, padded: int, tma: bool) -> Any:
         return create_ragged_descriptor(x.permute(1, 0, 2), [1, rows, padded], ragged_dim=1)
     view = x.permute(0, 2, 1, 3)
     return TensorDescriptor(x, list(view.shape), list(view.stride()), [1, 1, rows, padded])
+
+
+def _describe_lines(x: Tensor, length: int, cfg: KeyConfig) -> Any:
+    """Return a descriptor of `block_m` numbers of one line, [line, place], each line `length` long; x without TMA."""
+    lines = x.flatten(0, -2)
+    return TensorDescriptor(lines, [len(lines), length], list(lines.stride()), [1, cfg.block_m]) if cfg.tma else x

@@ -1,7 +1,8 @@
 """Attention forward (Dao et al. 2022, arXiv 2205.14135; Dao 2023, arXiv 2307.08691): out = softmax(u c(Q K^T)) V.
 
     c(x) = x and u = scale, or with a soft cap c(x) = tanh(x scale / softcap) and u = softcap
-    running, tile by tile: m' = max(m, max_s c),  l' = l 2^((m - m') u log2 e) + sum_s p,  A' = A 2^(...) + P V
+    running, tile by tile: m' = max(m, max_s c),  p = 2^(c u log2 e - b),  b = m' u log2 e rounded
+                           l' = l 2^((m - m') u log2 e) + sum_s p,  A' = A 2^(...) + P V
     at the end: out = A / l,  lse = u m + ln l
 
             keys, BLOCK_N at a time ->            masked   whole tiles    masked
@@ -19,9 +20,21 @@ Reference: `tessera_kernels.reference.flash_attention`.
 import triton
 import triton.language as tl
 
-from tessera_kernels.triton._attention_tiles import key_range, load_tile, product, sees, span, store_tile, tanh
+from tessera_kernels.triton._attention_tiles import (
+    key_range,
+    load_tile,
+    product,
+    sees,
+    slope_of,
+    span,
+    store_tile,
+    tanh,
+)
 
 _NO_SPECIAL = ("queries", "keys", "heads", "section", "longest", "window", "unit", "inner")
+
+LOWEST = tl.constexpr(-1e30)
+"""Where a running maximum starts: finite, so that every difference and product with it is a number."""
 
 
 @triton.jit
@@ -36,9 +49,9 @@ def _scores(q, k, inner, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
 def _weigh(scores, top, total, unit_log2):
     """One step of the online softmax: P of this tile, the new maximum and sum, and what older terms shrink by."""
     new_top = tl.maximum(top, tl.max(scores, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    probs = tl.exp2((scores - base[:, None]) * unit_log2)  # difference first: see `probabilities`
-    fade = tl.exp2((top - base) * unit_log2)
+    slope = slope_of(new_top, unit_log2)
+    probs = tl.exp2(tl.fma(scores, slope[:, None], -(new_top * slope)[:, None]))
+    fade = tl.exp2((top - new_top) * slope)
     return probs, new_top, total * fade + tl.sum(probs, 1), fade
 
 
@@ -67,21 +80,37 @@ def _attend(
 ):  # fmt: skip
     """Go through the keys [low, high) and return the running maximum, sum and mix.
 
-    One loop for whole and edge tiles: accumulators that pass from one loop to the next make ptxas serialize wgmma.
+    One loop for whole and edge tiles, and none where there are none: ptxas serializes wgmma when accumulators pass from one
+    loop to the next, or when a way around the loop sets them to zero.
     """
-    for column in tl.range(low, high, BLOCK_N, num_stages=STAGES):
-        k = load_tile(
-            k_desc, k_head, batch, kv_head, first, column, keys, stride_ks, BLOCK_N, WIDTH, PADDED, TMA, VARLEN
-        )
-        scores = _scores(q, k, inner, SOFTCAP, PRECISION)
-        scores = _hide(scores, row, column, keys, past, window, whole_low, whole_high, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
-        probs, top, total, fade = _weigh(scores, top, total, unit_log2)
-        mixed = mixed * fade[:, None]
-        v = load_tile(
-            v_desc, v_head, batch, kv_head, first, column, keys, stride_vs, BLOCK_N, WIDTH, PADDED, TMA, VARLEN
-        )
-        mixed = product(probs.to(v.dtype), v, mixed, PRECISION)
+    if low < high:
+        for column in tl.range(low, high, BLOCK_N, num_stages=STAGES):
+            k = load_tile(
+                k_desc, k_head, batch, kv_head, first, column, keys, stride_ks, BLOCK_N, WIDTH, PADDED, TMA, VARLEN
+            )
+            scores = _scores(q, k, inner, SOFTCAP, PRECISION)
+            scores = _hide(
+                scores, row, column, keys, past, window, whole_low, whole_high, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+            )
+            probs, top, total, fade = _weigh(scores, top, total, unit_log2)
+            mixed = mixed * fade[:, None]
+            v = load_tile(
+                v_desc, v_head, batch, kv_head, first, column, keys, stride_vs, BLOCK_N, WIDTH, PADDED, TMA, VARLEN
+            )
+            mixed = product(probs.to(v.dtype), v, mixed, PRECISION)
     return top, total, mixed
+
+
+@triton.jit
+def _bits_of(numbers, dtype: tl.constexpr):
+    if dtype == tl.float32:
+        return numbers
+    return numbers.to(dtype).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def _numbers_of(bits, dtype: tl.constexpr):
+    return bits.to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -96,13 +125,15 @@ def _attend_ahead(
 
     So P V of one tile runs on the tensor cores while the softmax of the next runs beside it (Shah et al. 2024,
     arXiv 2407.08608, algorithm 2): the compiler waits at once for a product that is used at once, and not for P V.
-    P is carried in float32, because a carried half-precision P would be put in shared memory and waited for.
+    P is carried as the bits of its half-precision numbers: as numbers the compiler puts it in shared memory and waits for
+    it, and in float32 it takes twice the registers.
     """
     if low < high:
         k = load_tile(k_desc, k_head, batch, kv_head, first, low, keys, stride_ks, BLOCK_N, WIDTH, PADDED, TMA, VARLEN)
         scores = _scores(q, k, inner, SOFTCAP, PRECISION)
         scores = _hide(scores, row, low, keys, past, window, whole_low, whole_high, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
         probs, top, total, fade = _weigh(scores, top, total, unit_log2)
+        bits = _bits_of(probs, k.dtype)
         for column in tl.range(low + BLOCK_N, high, BLOCK_N, num_stages=STAGES):
             k = load_tile(
                 k_desc, k_head, batch, kv_head, first, column, keys, stride_ks, BLOCK_N, WIDTH, PADDED, TMA, VARLEN
@@ -113,14 +144,15 @@ def _attend_ahead(
             v = load_tile(
                 v_desc, v_head, batch, kv_head, first, before, keys, stride_vs, BLOCK_N, WIDTH, PADDED, TMA, VARLEN
             )
-            mixed = product(probs.to(v.dtype), v, mixed, PRECISION)
+            mixed = product(_numbers_of(bits, v.dtype), v, mixed, PRECISION)
             scores = _hide(
                 scores, row, column, keys, past, window, whole_low, whole_high, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
             )
             probs, top, total, fade = _weigh(scores, top, total, unit_log2)
+            bits = _bits_of(probs, k.dtype)
         last = low + (high - low - 1) // BLOCK_N * BLOCK_N
         v = load_tile(v_desc, v_head, batch, kv_head, first, last, keys, stride_vs, BLOCK_N, WIDTH, PADDED, TMA, VARLEN)
-        mixed = product(probs.to(v.dtype), v, mixed * fade[:, None], PRECISION)
+        mixed = product(_numbers_of(bits, v.dtype), v, mixed * fade[:, None], PRECISION)
     return top, total, mixed
 
 
@@ -178,7 +210,7 @@ def forward_kernel(
     past = k_length - q_length
     end = tl.minimum(row + BLOCK_M, q_length)
     low, whole_low, whole_high, high = key_range(row, end, k_length, past, window, BLOCK_N, CAUSAL, WINDOW)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, PADDED], tl.float32)
     unit_log2 = unit * 1.4426950408889634
@@ -196,12 +228,15 @@ def forward_kernel(
         )  # fmt: skip
 
     blind = total == 0.0  # saw no key: zeros out, no share in any gradient
-    base = tl.where(blind, 0.0, top)
     total = tl.where(blind, 1.0, total)
-    out = mixed / total[:, None]
-    store_tile(out_head, out, row, q_length, stride_ot, BLOCK_M, WIDTH, PADDED)
+    # the terms are relative to the rounded base, lse and spread to the maximum itself
+    exact = slope_of(top, unit_log2) == unit_log2
+    spread = tl.log2(total) + tl.where(exact, tl.fma(-top, unit_log2, top * unit_log2), 0.0)
+    lse = top * unit + spread * 0.6931471805599453
     rows = tl.arange(0, BLOCK_M)
     inside = row + rows < q_length
-    tl.store(top_ptr + lane + row + rows, base, mask=inside)
-    tl.store(spread_ptr + lane + row + rows, tl.where(blind, float("inf"), tl.log2(total)), mask=inside)
-    tl.store(lse_ptr + lane + row + rows, tl.where(blind, float("-inf"), base * unit + tl.log(total)), mask=inside)
+    tl.store(top_ptr + lane + row + rows, tl.where(blind, 0.0, top), mask=inside)
+    tl.store(spread_ptr + lane + row + rows, tl.where(blind, float("inf"), spread), mask=inside)
+    tl.store(lse_ptr + lane + row + rows, tl.where(blind, float("-inf"), lse), mask=inside)
+    out = mixed / total[:, None]
+    store_tile(out_head, out, row, q_length, stride_ot, BLOCK_M, WIDTH, PADDED)

@@ -26,7 +26,7 @@ from tessera_shared.spec import ARCHITECTURES, ModelSpec
 from tessera_torch.distil.teacher import Teacher
 from tessera_torch.fast import step as fast_step
 from tessera_torch.fast.transformer import forward as fast_forward
-from tessera_torch.kernels import triton_ops
+from tessera_torch.kernels import cuda_ops, triton_ops
 from tessera_torch.model.transformer import forward
 from tessera_torch.train.optim import AdamWState
 from tessera_torch.train.step import TrainState, loss_and_grads, train_step
@@ -44,6 +44,7 @@ class FastCase:
     layout: str = "contiguous"
     values: str = "normal"
     seed: int = 0
+    kernels: str = "triton"  # or "cuda"
     config: None = None
 
 
@@ -71,8 +72,9 @@ def tensors(case: FastCase) -> Tensors:
 
 
 def kernel(case: FastCase, given: Tensors) -> Tensors:
-    """Return what the fast path answers, through the Triton kernels."""
-    spec, batch, numerics, ops = spec_of(case), batch_of(case), numerics_for(case.dtype), triton_ops()
+    """Return what the fast path answers, through the case's kernels."""
+    spec, batch, numerics = spec_of(case), batch_of(case), numerics_for(case.dtype)
+    ops = cuda_ops() if case.kernels == "cuda" else triton_ops()
     params, optimizer, teacher = _parts(case, given, numerics)
     device = next(iter(params.values())).device
     logits_BTV = fast_forward(
@@ -174,6 +176,7 @@ OP = KernelOp(
     reference=reference,
     examples=(
         FastCase(),
+        FastCase(family="qwen3", objective=1, dtype="bfloat16", seed=4, kernels="cuda"),
         FastCase(family="qwen3", objective=1, dtype="bfloat16", seed=1),
         FastCase(family="mistral", objective=2, seed=2),
         FastCase(family="qwen2", objective=3, dtype="bfloat16", seed=3),

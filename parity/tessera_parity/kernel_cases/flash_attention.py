@@ -65,13 +65,14 @@ class Case:
     softcap: float | None = None
     packed: bool = False  # lengths up to queries and keys, zero among them
     deterministic: bool = False
-    config: AttentionConfig | None = None
+    config: Any = None  # the room's own
 
 
-def _cases(gpu: bool) -> SearchStrategy[Case]:
+def cases_of(gpu: bool, *, dtype: SearchStrategy[str], config: SearchStrategy[Any]) -> SearchStrategy[Case]:
+    """Draw cases for the kernel of any room, with its dtypes and configurations."""
     return st.builds(
         Case,
-        dtype=dtypes(),
+        dtype=dtype,
         layout=layouts(),
         values=value_kinds(),
         seed=seeds(),
@@ -87,8 +88,12 @@ def _cases(gpu: bool) -> SearchStrategy[Case]:
         softcap=st.none() | st.sampled_from([2.0, 30.0]),
         packed=st.booleans(),
         deterministic=st.just(False) if gpu else st.booleans(),
-        config=st.none() if gpu else st.just(SMALL_SPLIT),
+        config=config,
     )
+
+
+def _cases(gpu: bool) -> SearchStrategy[Case]:
+    return cases_of(gpu, dtype=dtypes(), config=st.none() if gpu else st.just(SMALL_SPLIT))
 
 
 def _tensors(case: Case) -> Tensors:
@@ -118,7 +123,8 @@ def _options(case: Case) -> dict[str, Any]:
     }
 
 
-def _run(module: ModuleType, case: Case, tensors: Tensors) -> Tensors:
+def run(module: ModuleType, case: Case, tensors: Tensors) -> Tensors:
+    """Return out, lse and all gradients of a room's flash_attention, by name."""
     if case.packed:
         return _run_packed(module, case, tensors)
     leaves = [tensors[name].detach().requires_grad_() for name in "qkv"]
@@ -205,8 +211,8 @@ OP = KernelOp(
     name="flash_attention",
     cases=_cases,
     tensors=_tensors,
-    kernel=lambda case, tensors: _run(fused, case, tensors),
-    reference=lambda case, tensors: _run(plain, case, tensors),
+    kernel=lambda case, tensors: run(fused, case, tensors),
+    reference=lambda case, tensors: run(plain, case, tensors),
     row_independent=("out", "lse", "grad k", "grad v"),
     row_inputs=("q", "k", "v", "dout", "dlse", "lengths"),
     configs=lambda: CONFIGS,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -32,10 +33,11 @@ class Case:
     eps: float = 1e-6
     add: bool = False
     gain_after_cast: bool = False
-    config: NormConfig | None = None
+    config: Any = None  # a NormConfig of the module that is judged
 
 
-def _cases(gpu: bool) -> SearchStrategy[Case]:
+def cases_of(gpu: bool, small_tiles: object) -> SearchStrategy[Case]:
+    """Draw cases; off a GPU half of them in the configuration `small_tiles`."""
     return st.builds(
         Case,
         dtype=dtypes(),
@@ -47,7 +49,7 @@ def _cases(gpu: bool) -> SearchStrategy[Case]:
         eps=st.sampled_from([1e-6, 1e-5]),
         add=st.booleans(),
         gain_after_cast=st.booleans(),
-        config=st.none() if gpu else st.sampled_from([None, SMALL_TILES]),
+        config=st.none() if gpu else st.sampled_from([None, small_tiles]),
     )
 
 
@@ -63,7 +65,8 @@ def _tensors(case: Case) -> Tensors:
     return found
 
 
-def _run(module: ModuleType, case: Case, tensors: Tensors) -> Tensors:
+def run(module: ModuleType, case: Case, tensors: Tensors) -> Tensors:
+    """Return outputs and gradients of a module's rms_norm or add_rms_norm."""
     names = [name for name in ("x", "residual", "gain") if name in tensors]
     leaves = [tensors[name].detach().requires_grad_() for name in names]
     function = module.add_rms_norm if case.add else module.rms_norm
@@ -92,10 +95,10 @@ def _bug(find: str, replace: str) -> Patch:
 
 OP = KernelOp(
     name="rms_norm",
-    cases=_cases,
+    cases=lambda gpu: cases_of(gpu, SMALL_TILES),
     tensors=_tensors,
-    kernel=lambda case, tensors: _run(fused, case, tensors),
-    reference=lambda case, tensors: _run(plain, case, tensors),
+    kernel=lambda case, tensors: run(fused, case, tensors),
+    reference=lambda case, tensors: run(plain, case, tensors),
     row_independent=("y", "grad x"),
     row_inputs=("x", "residual", "dy", "dtotal"),
     configs=lambda: CONFIGS,

@@ -1,0 +1,185 @@
+// What both attention kernels share: which tile a block works on, which keys a query sees, the online softmax.
+//
+// Query t of a sequence with T queries and S keys stands at key position t + S - T. It sees the keys from `before`
+// positions behind to `after` positions ahead of there: causal is after = 0, a window of w is before = w - 1.
+#pragma once
+#include "device.cuh"
+
+struct alignas(16) Numbers { float number[4]; };
+
+constexpr float LN2 = 0.6931471805599453f;
+constexpr float FUSED_BASE = 4096.0f;  // largest scaled maximum that a fused multiply-add may be taken relative to
+
+struct Problem {
+    const int* query_starts;  // packed sequences: null when dense
+    const int* key_starts;
+    int sequences, queries, keys;  // rows of all sequences when packed, of each when dense
+    int heads, group;              // query heads, and how many of them share a key/value head
+    int section;                   // heads that run at one time and share the L2 cache
+    int blocks;                    // tiles of queries of the longest sequence
+    int before, after;
+};
+
+// One tile of queries of one head, and the tiles of keys that it sees: [low, high), of them [whole_low, whole_high)
+// without any mask, all four multiples of the tile's keys but `high`.
+struct Work {
+    int sequence, head, batch;  // batch is 0 when packed
+    int row, q_first, q_length;
+    int k_first, k_length, past;
+    int low, whole_low, whole_high, high;
+};
+
+TESSERA_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+TESSERA_DEVICE int larger(int a, int b) { return a > b ? a : b; }
+
+// First row and length of a sequence; packed starts are held inside the tensor, so that bad ones cannot fault.
+TESSERA_DEVICE void span(const int* starts, int sequence, int rows, int& first, int& length) {
+    first = 0;
+    length = rows;
+    if (starts != nullptr) {
+        first = smaller(larger(starts[sequence], 0), rows);
+        length = smaller(larger(starts[sequence + 1], first), rows) - first;
+    }
+}
+
+// The tile with this number; later queries come first, because when causal they see more keys.
+template <int ROWS, int SPAN> TESSERA_DEVICE Work work_of(const Problem& p, int tile) {
+    Work w;
+    const int lanes = p.sequences * p.heads;
+    const int section = tile / (p.section * p.blocks);
+    const int inside = tile - section * p.section * p.blocks;
+    const int size = smaller(p.section, lanes - section * p.section);
+    const int which = section * p.section + inside % size;
+    w.sequence = which / p.heads;
+    w.head = which - w.sequence * p.heads;
+    w.batch = p.query_starts == nullptr ? w.sequence : 0;
+    w.row = (p.blocks - 1 - inside / size) * ROWS;
+    span(p.query_starts, w.sequence, p.queries, w.q_first, w.q_length);
+    span(p.key_starts, w.sequence, p.keys, w.k_first, w.k_length);
+    w.past = w.k_length - w.q_length;
+    const int last = smaller(w.row + ROWS, w.q_length) - 1 + w.past;  // key positions of the last and first query
+    const int first = w.row + w.past;
+    w.high = larger(smaller(w.k_length, last + p.after + 1), 0);
+    w.low = larger(first - p.before, 0) / SPAN * SPAN;
+    w.whole_high = larger(smaller(w.k_length, first + p.after + 1), 0) / SPAN * SPAN;
+    w.whole_low = (larger(last - p.before, 0) + SPAN - 1) / SPAN * SPAN;
+    return w;
+}
+
+template <int SPAN> TESSERA_DEVICE int tiles_of(const Work& w) {
+    return w.row < w.q_length && w.low < w.high ? (w.high - w.low + SPAN - 1) / SPAN : 0;
+}
+
+// Rows and columns of the 16-row fragments that a thread of a warp holds: number i stands in row `fragment_row(i)`.
+TESSERA_DEVICE int fragment_row(int lane, int i) { return lane / 4 + 8 * (i / 2 % 2); }
+TESSERA_DEVICE int fragment_column(int lane, int i) { return 8 * (i / 4) + 2 * (lane % 4) + i % 2; }
+
+// The running state of the two rows that a thread has a share of.
+struct Softmax {
+    float top[2];    // largest score so far, before scaling
+    float total[2];  // sum of the weights of this thread's columns; `finished` adds up the row's
+
+    TESSERA_DEVICE void clear() {
+        top[0] = top[1] = -infinity();
+        total[0] = total[1] = 0.0f;
+    }
+
+    // What a score is taken relative to, before scaling.
+    TESSERA_DEVICE float raw(int half) const { return top[half] == -infinity() ? 0.0f : top[half]; }
+
+    // Turn scores into weights in place, and give what older terms of each row shrink by.
+    template <int COUNT> TESSERA_DEVICE void weigh(float (&scores)[COUNT], float unit, float (&fade)[2]) {
+        const float before[2] = {top[0], top[1]};
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], scores[i]);
+        float base[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            top[half] = fmaxf(top[half], shuffle_xor(top[half], 1));
+            top[half] = fmaxf(top[half], shuffle_xor(top[half], 2));
+            fade[half] = before[half] == -infinity() ? 0.0f : exp2_fast((before[half] - raw(half)) * unit);
+            total[half] *= fade[half];
+            base[half] = raw(half) * unit;
+        }
+        // One multiply-add a score where the rounding of the base, common to a row and at most 2^-13, does no harm; the
+        // difference first where that rounding would be the exponent.
+        if (any_in_warp(!(fabsf(base[0]) <= FUSED_BASE) || !(fabsf(base[1]) <= FUSED_BASE))) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) scores[i] = exp2_fast((scores[i] - raw(i / 2 % 2)) * unit);
+        } else {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) scores[i] = exp2_fast(fmaf(scores[i], unit, -base[i / 2 % 2]));
+        }
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) total[i / 2 % 2] += scores[i];
+    }
+
+    TESSERA_DEVICE void finish() {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            total[half] += shuffle_xor(total[half], 1);
+            total[half] += shuffle_xor(total[half], 2);
+        }
+    }
+};
+
+// Soft cap, then -inf where a query does not see the key. `row` and `column` are the fragment's own corner.
+template <int COUNT>
+TESSERA_DEVICE void hide(
+    float (&scores)[COUNT], const Work& w, const Problem& p, int row, int column, int lane, float inner, bool edge) {
+    if (inner != 0.0f) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) scores[i] = tanhf(scores[i] * inner);
+    }
+    if (edge) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const int key = column + fragment_column(lane, i);
+            const int ahead = key - (row + fragment_row(lane, i)) - w.past;
+            if (key >= w.k_length || ahead > p.after || ahead < -p.before) scores[i] = -infinity();
+        }
+    }
+}
+
+// Write a warp's 16 rows, divided by their sums; a row that saw no key is 0. `to` stands at the head's row 0.
+template <class T, int COUNT>
+TESSERA_DEVICE void store_rows(
+    const float (&out)[COUNT], const Softmax& softmax, const Work& w, int row, int lane, int width, T* to, int64_t stride) {
+    float scale[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) scale[half] = softmax.total[half] == 0.0f ? 0.0f : 1.0f / softmax.total[half];
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 2) {
+        const int place = row + fragment_row(lane, i), column = fragment_column(lane, i);
+        const float factor = scale[i / 2 % 2];
+        if (place < w.q_length && column < width)  // a width is even
+            *reinterpret_cast<uint32_t*>(to + place * stride + column) = packed<T>(out[i] * factor, out[i + 1] * factor);
+    }
+}
+
+// Write each row's lse, and what the backward needs: its largest score, and the log2 of its sum relative to that. Rows
+// lie as (sequence, head, query), or (head, query) when packed.
+TESSERA_DEVICE void store_statistics(
+    const Softmax& s, const Work& w, const Problem& p, int row, int lane, float unit, float* lse, float* top,
+    float* spread) {
+    if (lane % 4 != 0) return;
+    const int64_t first = p.query_starts == nullptr
+                              ? (static_cast<int64_t>(w.sequence) * p.heads + w.head) * p.queries
+                              : static_cast<int64_t>(w.head) * p.queries + w.q_first;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int inside = row + lane / 4 + 8 * half;
+        if (inside >= w.q_length) continue;
+        const bool blind = s.total[half] == 0.0f;  // saw no key
+        const float raw = s.raw(half), base = raw * unit, sum = log2_fast(s.total[half]);
+        const float rounding = fabsf(base) <= FUSED_BASE ? fmaf(-raw, unit, base) : 0.0f;
+        lse[first + inside] = blind ? -infinity() : (base + sum) * LN2;
+        top[first + inside] = raw;
+        spread[first + inside] = blind ? infinity() : sum + rounding;
+    }
+}
+
+// Four numbers of a longer array, as one product's sums.
+template <int COUNT> TESSERA_DEVICE float (&fragment(float (&numbers)[COUNT], int index))[4] {
+    return *reinterpret_cast<float(*)[4]>(&numbers[4 * index]);
+}

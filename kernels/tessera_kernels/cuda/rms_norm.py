@@ -1,0 +1,351 @@
+"""RMSNorm in CUDA C++, forward and backward, with and without the residual add before it.
+
+Equation, tile picture and what lives where stand at the top of `rms_norm.cu`. Reference:
+`tessera_kernels.reference.rms_norm`; same functions, rounding and gradients as `tessera_kernels.triton.rms_norm`.
+"""
+
+# mypy: disable-error-code="no-untyped-call,untyped-decorator"
+# ruff: noqa: ARG001 - a fake takes what its op takes
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tessera_kernels.checks import (
+    expect_between,
+    expect_dtype,
+    expect_multiple,
+    expect_same_device,
+    expect_same_dtype,
+    expect_shape,
+)
+from tessera_kernels.cuda._launch import Int64, Kernel, expect_cuda_device, launch, shared_bytes_of
+from tessera_kernels.launching import FLOATS, as_rows, graph_op, num_sms
+from tessera_shared.errors import KernelError
+
+BLOCK_THREADS, WARP = 512, 32
+MOST_ROWS = 2**29
+NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "float"}
+
+
+class RowConfig(NamedTuple):
+    """How one direction is cut up. Integers only: it travels through a custom op's schema."""
+
+    held: int  # pieces of 16 bytes of a row that one thread holds
+    row_threads: int  # most threads of one row; a row that they cannot hold is read twice
+    threads: int  # of a block, at least: short rows share one
+    blocks_per_sm: int  # 0 = a block for each group of rows; the backward needs at least 1
+    stages: int  # rows read ahead (backward); 0 = none
+
+
+class NormConfig(NamedTuple):
+    """One configuration of both directions."""
+
+    forward: RowConfig
+    backward: RowConfig
+
+
+CONFIGS: tuple[NormConfig, ...] = (
+    NormConfig(RowConfig(4, 512, 128, 0, 0), RowConfig(4, 512, 512, 1, 2)),
+    NormConfig(RowConfig(2, 512, 128, 0, 0), RowConfig(4, 512, 512, 1, 1)),
+    NormConfig(RowConfig(4, 512, 256, 0, 0), RowConfig(2, 512, 512, 1, 3)),
+    NormConfig(RowConfig(8, 512, 128, 0, 0), RowConfig(4, 512, 512, 1, 3)),
+    NormConfig(RowConfig(4, 512, 128, 6, 0), RowConfig(4, 512, 512, 1, 0)),
+    NormConfig(RowConfig(4, 512, 512, 0, 0), RowConfig(2, 512, 512, 1, 2)),
+)
+"""Every configuration that the GPU lane runs and the sweep times; `choose_config` picks for a width."""
+
+
+def choose_config(width: int, itemsize: int) -> NormConfig:
+    """Return the configuration for rows of `width` elements of `itemsize` bytes. The number of rows plays no part, so
+    that a row alone equals the row in a batch."""
+    del width, itemsize  # one way of cutting serves all: threads of a row, and rows of a block, follow from the width
+    return CONFIGS[0]
+
+
+class Cut(NamedTuple):
+    """What a width and a configuration make of a block."""
+
+    row_threads: int
+    rows: int  # of a block
+    is_wide: bool  # a row is longer than its threads hold
+
+
+@functools.cache
+def cut_of(width: int, itemsize: int, config: RowConfig) -> Cut:
+    """Return the block: enough threads for a row, in whole warps or a power of two below one, and rows to fill it."""
+    expect_multiple("row_threads", config.row_threads, WARP, "several warps of a row meet at one barrier")
+    expect_between(
+        "threads", max(config.threads, config.row_threads), WARP, BLOCK_THREADS, "the kernel has registers for those"
+    )
+    pieces = -(-width * itemsize // 16)
+    wanted = -(-pieces // config.held)
+    row_threads = max(4, 1 << (wanted - 1).bit_length()) if wanted <= WARP else -(-wanted // WARP) * WARP
+    row_threads = min(row_threads, config.row_threads)
+    rows = max(1, max(config.threads, WARP) // row_threads)
+    return Cut(row_threads, rows, pieces > row_threads * config.held)
+
+
+def rms_norm(
+    x_XD: Tensor, gain_D: Tensor, *, eps: float, gain_after_cast: bool = False, config: NormConfig | None = None
+) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * gain over the last axis, in x's dtype; any leading dimensions.
+
+    float16, bfloat16 or float32, gain of the same dtype. Rows may be strided; a stride within a row is copied away.
+    `KernelError` says what does not fit.
+    """
+    _check(x_XD, gain_D)
+    if x_XD.numel() == 0:
+        return x_XD * gain_D
+    forward, backward = (list(part) for part in config or ((), ()))
+    y_XD = _Norm.apply(as_rows(x_XD), gain_D, float(eps), gain_after_cast, forward, backward)
+    return y_XD.view(x_XD.shape)  # type: ignore[no-any-return]
+
+
+def add_rms_norm(
+    x_XD: Tensor,
+    residual_XD: Tensor,
+    gain_D: Tensor,
+    *,
+    eps: float,
+    gain_after_cast: bool = False,
+    config: NormConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (rms_norm(x + residual), x + residual) in one pass. Both inputs have one shape and dtype."""
+    _check(x_XD, gain_D)
+    expect_same_device({"x_XD": x_XD, "residual_XD": residual_XD})
+    expect_same_dtype({"x_XD": x_XD, "residual_XD": residual_XD})
+    expect_shape("residual_XD", residual_XD, x_XD.shape, "it is added to x_XD")
+    if x_XD.numel() == 0:
+        total_XD = x_XD + residual_XD
+        return total_XD * gain_D, total_XD
+    forward, backward = (list(part) for part in config or ((), ()))
+    y_XD, total_XD = _AddNorm.apply(
+        as_rows(x_XD), as_rows(residual_XD), gain_D, float(eps), gain_after_cast, forward, backward
+    )
+    return y_XD.view(x_XD.shape), total_XD.view(x_XD.shape)
+
+
+def specializations() -> Sequence[Kernel]:
+    """Return the kernels that `choose_config` leads to: every dtype, with and without the add, the gain before or after
+    the cast, rows that fit, wide rows and rows of no alignment."""
+    found = [_sum_kernel(dtype) for dtype in FLOATS]
+    kinds = ((True, False), (True, True), (False, True))
+    for dtype in FLOATS:
+        for config in CONFIGS[:1]:
+            for add in (False, True):
+                for after_cast in (False, True):
+                    for is_aligned, is_wide in kinds:
+                        flags = (dtype, add, after_cast, is_aligned, is_wide)
+                        found.append(_kernel("forward", config.forward.held, 0, *flags))
+                        stages = 0 if is_wide else config.backward.stages
+                        found.append(_kernel("backward", config.backward.held, stages, *flags))
+    return found
+
+
+def _check(x_XD: Tensor, gain_D: Tensor) -> None:
+    expect_cuda_device("x_XD", x_XD)
+    expect_dtype("x_XD", x_XD, *FLOATS)
+    expect_same_device({"x_XD": x_XD, "gain_D": gain_D})
+    expect_same_dtype({"x_XD": x_XD, "gain_D": gain_D})
+    expect_shape("gain_D", gain_D, x_XD.shape[-1:], "there is one gain for each column of x_XD")
+
+
+class _Norm(torch.autograd.Function):
+    """Autograd's view of `rms_norm`: x [X, D] and gain -> y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, eps: float, after_cast: bool, forward: list[int], backward: list[int]
+    ) -> Tensor:
+        y, _, rstd = _run_forward(x, None, gain, eps, after_cast, forward)
+        ctx.save_for_backward(x, gain, rstd)
+        ctx.after_cast, ctx.config = after_cast, backward
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, rstd = ctx.saved_tensors
+        dx, dgain = _run_backward(dy, x, gain, rstd, None, ctx.after_cast, ctx.config)
+        return dx, dgain, None, None, None, None
+
+
+class _AddNorm(torch.autograd.Function):
+    """Autograd's view of `add_rms_norm`: x and residual [X, D] and gain -> y and the sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, gain: Tensor, eps: float, after_cast: bool,
+        forward: list[int], backward: list[int],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        y, total, rstd = _run_forward(x, residual, gain, eps, after_cast, forward)
+        ctx.save_for_backward(total, gain, rstd)
+        ctx.after_cast, ctx.config = after_cast, backward
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dtotal, dtotal, None, None, None, None, None
+        total, gain, rstd = ctx.saved_tensors
+        dx, dgain = _run_backward(dy, total, gain, rstd, dtotal, ctx.after_cast, ctx.config)
+        return dx, dx, dgain, None, None, None, None
+
+
+def _fake_forward(
+    x: Tensor, residual: Tensor | None, gain: Tensor, eps: float, gain_after_cast: bool, config: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = torch.empty_like(y) if residual is not None else x.new_empty(0)
+    return y, total, x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@graph_op("cuda_rms_norm_forward", fake=_fake_forward)
+def _run_forward(
+    x: Tensor, residual: Tensor | None, gain: Tensor, eps: float, gain_after_cast: bool, config: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, x + residual (empty without one) and 1 / root of the mean square, for each row."""
+    num_rows, width = _expect_rows(x)
+    chosen = RowConfig(*config) if config else choose_config(width, x.element_size()).forward
+    cut = cut_of(width, x.element_size(), chosen)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty_like(y) if residual is not None else x.new_empty(0)
+    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    other, gain = x if residual is None else residual, gain.contiguous()
+    is_aligned = _are_aligned(x, other, gain, y, total)
+    flags = (x.dtype, residual is not None, gain_after_cast, is_aligned, cut.is_wide or not is_aligned)
+    groups = -(-num_rows // cut.rows)
+    launch(
+        _kernel("forward", chosen.held, 0, *flags),
+        grid=(min(groups, chosen.blocks_per_sm * num_sms(x.device)) if chosen.blocks_per_sm else groups, 1, 1),
+        block=(cut.row_threads, cut.rows, 1),
+        shared_bytes=_sum_bytes(cut) + _passage_bytes(cut, chosen, is_aligned),
+        arguments=(
+            x, other, gain, y, total, rstd, Int64(x.stride(0)), Int64(other.stride(0)), num_rows, width, float(eps),
+        ),
+        like=x,
+    )  # fmt: skip
+    return y, total, rstd
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, dtotal: Tensor | None, gain_after_cast: bool, config: list[int]
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), gain.new_empty(gain.shape)
+
+
+@graph_op("cuda_rms_norm_backward", fake=_fake_backward)
+def _run_backward(
+    dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, dtotal: Tensor | None, gain_after_cast: bool, config: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Return dx (with dtotal added, when there is one) and dgain."""
+    num_rows, width = _expect_rows(x)
+    chosen = RowConfig(*config) if config else choose_config(width, x.element_size()).backward
+    cut = cut_of(width, x.element_size(), chosen)
+    dy, gain = as_rows(dy), gain.contiguous()
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    passed = dy if dtotal is None else as_rows(dtotal)
+    is_aligned = _are_aligned(dy, x, passed, gain, dx)
+    is_wide = cut.is_wide or not is_aligned
+    asked = chosen._replace(stages=0) if is_wide else chosen
+    most = shared_bytes_of(x.device)
+    stages, shared_bytes = _staging(
+        cut, asked, 2 + (dtotal is not None), is_aligned, x.element_size(), most, not config
+    )
+    blocks = min(-(-num_rows // cut.rows), max(1, chosen.blocks_per_sm) * num_sms(x.device))
+    partial = torch.empty(
+        min(num_rows, blocks * cut.rows) if is_wide else blocks, width, dtype=torch.float32, device=x.device
+    )
+    launch(
+        _kernel("backward", chosen.held, stages, x.dtype, dtotal is not None, gain_after_cast, is_aligned, is_wide),
+        grid=(blocks, 1, 1),
+        block=(cut.row_threads, cut.rows, 1),
+        shared_bytes=shared_bytes,
+        arguments=(
+            dy, x, gain, rstd, passed, dx, partial, Int64(dy.stride(0)), Int64(x.stride(0)), Int64(passed.stride(0)),
+            num_rows, width,
+        ),
+        like=x,
+    )  # fmt: skip
+    dgain = torch.empty(gain.shape, dtype=gain.dtype, device=gain.device)
+    launch(
+        _sum_kernel(gain.dtype),
+        grid=(-(-width // WARP), 1, 1),
+        block=(WARP, 16, 1),
+        shared_bytes=BLOCK_THREADS * 4,
+        arguments=(partial, dgain, partial.shape[0], width),
+        like=x,
+    )
+    return dx, dgain
+
+
+def _expect_rows(x: Tensor) -> tuple[int, int]:
+    num_rows, width = x.shape
+    if num_rows > MOST_ROWS or width > MOST_ROWS:
+        raise KernelError(
+            f"x_XD.shape = {[num_rows, width]}: expected at most {MOST_ROWS} rows and columns, because the kernel counts them "
+            "in 32 bits; try x.split"
+        )
+    return num_rows, width
+
+
+def _are_aligned(*tensors: Tensor) -> bool:
+    """Do all rows begin and end at multiples of 16 bytes? An empty tensor stands for one that there is not."""
+    return all(
+        tensor.data_ptr() % 16 == 0
+        and tensor.shape[-1] * tensor.element_size() % 16 == 0
+        and (tensor.ndim < 2 or tensor.stride(0) * tensor.element_size() % 16 == 0)
+        for tensor in tensors
+        if tensor.numel()
+    )
+
+
+def _sum_bytes(cut: Cut) -> int:
+    return 2 * WARP * 4 * cut.rows if cut.row_threads > WARP else 0
+
+
+def _passage_bytes(cut: Cut, config: RowConfig, is_aligned: bool) -> int:
+    return 0 if is_aligned else 16 * config.held * cut.row_threads * cut.rows
+
+
+@functools.cache
+def _staging(
+    cut: Cut, config: RowConfig, inputs: int, is_aligned: bool, itemsize: int, most: int, may_be_fewer: bool
+) -> tuple[int, int]:
+    """Return how many rows a backward block reads ahead, and its shared memory: sums, the gain, those rows; in the end
+    all of it holds dgain. Fewer rows than asked for where a GPU has less memory and nobody chose."""
+    for stages in range(config.stages, -1 if may_be_fewer else config.stages - 1, -1):
+        ring = stages * inputs * config.held * 16 * BLOCK_THREADS
+        kept_gain = config.held * 16 * cut.row_threads if stages else 0
+        used = _sum_bytes(cut) + kept_gain + ring + _passage_bytes(cut, config, is_aligned)
+        used = max(used, 16 // itemsize * 4 * config.held * cut.row_threads if cut.rows > 1 else 0)
+        if used <= most:
+            return stages, used
+    raise KernelError(
+        f"stages = {config.stages}: expected fewer, because {inputs} rows of {config.held} pieces a thread lie in shared "
+        f"memory for each, {used} bytes of at most {most}; try config=None"
+    )
+
+
+@functools.cache
+def _kernel(
+    direction: str, held: int, stages: int, dtype: torch.dtype, add: bool, after_cast: bool, is_aligned: bool,
+    is_wide: bool,
+) -> Kernel:  # fmt: skip
+    flags: dict[str, str | int] = {
+        direction.upper(): 1, "NUMBER": NAMES[dtype], "HELD": held, "ADD": int(add), "GAIN_AFTER_CAST": int(after_cast),
+        "ALIGNED": int(is_aligned), "WIDE": int(is_wide), "STAGES": stages,
+    }  # fmt: skip
+    return Kernel("rms_norm.cu", f"rms_norm_{direction}", tuple(flags.items()))
+
+
+@functools.cache
+def _sum_kernel(dtype: torch.dtype) -> Kernel:
+    return Kernel("rms_norm.cu", "rms_norm_sum_partials", (("SUM_PARTIALS", 1), ("NUMBER", NAMES[dtype])))

@@ -1,0 +1,59 @@
+"""Cases of RMSNorm in CUDA C++: those of the Triton kernel, and blocks of every shape that a row can take."""
+
+from dataclasses import replace
+
+from tessera_kernels.cuda import rms_norm as fused
+from tessera_kernels.cuda.rms_norm import CONFIGS, NormConfig, RowConfig
+from tessera_parity.kernel_cases.rms_norm import OP as TRITON
+from tessera_parity.kernel_cases.rms_norm import Case, cases_of, run
+from tessera_parity.loading import Patch
+
+SMALL_TILES = NormConfig(RowConfig(1, 32, 64, 1, 0), RowConfig(1, 64, 128, 1, 2))
+"""Lets the emulator see persistent blocks, rows of two warps and rows of several spans at small sizes."""
+
+
+def _bug(find: str, replace_by: str) -> Patch:
+    return Patch(file="tessera_kernels/cuda/rms_norm.cu", find=find, replace=replace_by)
+
+
+OP = replace(
+    TRITON,
+    name="cuda_rms_norm",
+    cases=lambda gpu: cases_of(gpu, SMALL_TILES),
+    kernel=lambda case, tensors: run(fused, case, tensors),
+    configs=lambda: CONFIGS,
+    examples=(
+        Case(rows=5, width=104),
+        Case(rows=9, width=199, dtype="bfloat16", add=True, gain_after_cast=True, layout="sliced"),
+        Case(rows=40, width=128, dtype="float16", values="mixed", gain_after_cast=True, config=SMALL_TILES),
+        Case(rows=7, width=65, dtype="bfloat16", add=True, config=SMALL_TILES, layout="offset1"),
+        Case(rows=3, width=1, values="constant", layout="transposed"),
+        Case(rows=4, width=64, dtype="float16", values="extreme", add=True),
+        Case(rows=0, width=7, add=True),
+        Case(rows=9, width=200, add=True, config=SMALL_TILES),  # two warps a row
+        Case(rows=13, width=600, dtype="bfloat16", add=True, config=SMALL_TILES),  # two spans a row
+        Case(rows=300, width=16, dtype="bfloat16"),  # eight rows a warp
+        Case(rows=2, width=8192, dtype="bfloat16", gain_after_cast=True),
+        Case(rows=2, width=8200, add=True),  # more than the threads of a block hold
+        Case(rows=1201, width=64, dtype="bfloat16"),  # more groups of rows than persistent blocks on a GPU
+    ),
+    bug_cases=(
+        Case(rows=5, width=104),
+        Case(rows=40, width=64, dtype="bfloat16", add=True, config=SMALL_TILES),
+        Case(rows=9, width=200, add=True, config=SMALL_TILES),
+        Case(rows=13, width=600, dtype="bfloat16", config=SMALL_TILES),
+        Case(rows=5, width=99, dtype="bfloat16", gain_after_cast=True),
+    ),
+    bugs=(
+        _bug("row_sum(squares, sums, round++) / width", "row_sum(squares, sums, round++) / (width + 1)"),
+        _bug(" - normed * mean) * scale;", ") * scale;"),
+        _bug("    sync_some(1 + threadIdx.y, threads);\n", ""),
+        _bug("copy_wait<STAGES - 1>();", "copy_wait<STAGES>();"),
+        _bug("= row < num_rows ? width : 0;\n        const float", "= row <= num_rows ? width : 0;\n        const float"),
+        _bug("if (turn > 0) dgain[i][j] += sums[place];", ""),
+        _bug("round > 0 ? own[column] + term : term", "term"),
+        _bug("row < num_partials; row", "row < num_partials - 1; row"),
+        _bug("    sync_row();  // what the passage held has been read\n", ""),
+        _bug("if (ADD) change[j] = lifted(change[j]) +", "if (ADD) change[j] = change[j] + 0.0f *"),
+    ),
+)  # fmt: skip
