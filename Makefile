@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := torch,jax,hf,parity,parquet,dev
+PEER_PLATFORMS := _2_28 _2_27 _2_24 _2_17 2014 1
 WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
 # No folder of this checkout may shadow an installed package (kernels/ is also a published package's name).
@@ -16,7 +17,7 @@ export PYTHONSAFEPATH := 1
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup check test test-fast parity parity-full mutants bench gpu docs format clean
+.PHONY: help setup check test test-fast parity parity-full mutants bench gpu peers docs format clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -61,6 +62,11 @@ gpu: $(READY) ## on an NVIDIA GPU: parity's questions, kernels fuzzed, kernels b
 	$(BIN)/python benchmarks/gpu_lane.py
 	$(BIN)/parity run kernels --device cuda --only-half torch
 	$(BIN)/python benchmarks/kernels/run_all.py
+
+peers: $(READY) ## the kernels' peers as wheels for a GPU machine with Python 3.12, into .whl/ (benchmarks/kernels/README.md)
+	$(BIN)/uv run --quiet --no-project --with pip python -m pip download --quiet --disable-pip-version-check --no-deps \
+	  --only-binary=:all: --python-version 3.12 --implementation cp $(PEER_PLATFORMS:%=--platform manylinux%_x86_64) \
+	  -d .whl -r benchmarks/kernels/peers.txt
 
 docs: $(READY) ## run every code block of README and docs
 	$(BIN)/python -m pytest tests/house/test_docs.py

@@ -1,19 +1,20 @@
 """Attention forward and backward beside cuDNN and FlashAttention 2 (SDPA with the backend forced), packed beside dense.
 
-    python benchmarks/kernels/run_all.py --only flash_attention            the table
-    python benchmarks/kernels/bench_flash_attention.py                     every configuration: error, milliseconds, TFLOP/s
+    python benchmarks/kernels/run_all.py --only flash_attention        the table
+    python benchmarks/kernels/sweeping.py flash_attention              every configuration
 
 Work: 4 B N T S H floating-point operations forward, half of it when causal, and 2.5 times that backward. Peers get their
 own contiguous [B, N, S, H] tensors. The backward is timed with its launches: milliseconds of work hide them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 
 import harness
 import torch
 from harness import Function, Row
+from sweeping import Sweep
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,7 +26,6 @@ from tessera_kernels.triton.flash_attention import (
     flash_attention_varlen,
 )
 from tessera_kernels.triton.flash_attention_configs import FORWARD, KEYS, QUERIES
-from tessera_shared.errors import KernelError
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
 FULL = (
@@ -37,45 +37,44 @@ UNITS = (8192, 4096, 4096, 4096, 2048, 2048, 2048, 2048)
 """Packed lengths that make the same number of operations as 8 sequences of 4,096, when causal."""
 
 
-def rows() -> list[Row]:
-    """Return forward and backward rows of every shape, then packed against dense."""
-    found = [row for shape in harness.choose(FULL, TINY) for row in _dense(*shape)]
-    return found + _packed()
+def rows() -> Iterator[Row]:
+    """Yield forward and backward rows of every shape, packed against dense in between: a shape without a must comes last."""
+    first, *others = harness.choose(FULL, TINY)
+    for shape in harness.turn([*others, "packed", first]):
+        yield from _packed() if isinstance(shape, str) else _dense(*shape)
 
 
-def _dense(batch: int, heads: int, kv_heads: int, length: int, width: int) -> list[Row]:
-    ours = _leaves(batch, length, heads, kv_heads, width)
+def _dense(batch: int, heads: int, kv_heads: int, length: int, width: int) -> Iterator[Row]:
+    ours = leaves_of(batch, length, heads, kv_heads, width)
     theirs = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in ours]
     dout = torch.randn_like(ours[0])
     name = f"B{batch} N{heads}/{kv_heads} S{length} H{width} causal bfloat16"
     flops = 2.0 * batch * heads * length * length * width
 
     forward: dict[str, Function] = {"ours": lambda: flash_attention(*[x.detach() for x in ours])}
-    forward |= harness.available({peer: _peer_forward(theirs, peer) for peer in BACKENDS})
+    forward |= harness.available({peer: peer_forward(theirs, peer) for peer in BACKENDS})
     fast = width == 128 and length >= 4096
     must = {"cudnn": 0.72, "flash2": 1.12, "share": 0.40} if fast else {}
     if width == 64:
         must = {"cudnn": 0.95, "share": 0.38}
-    timed = harness.measure(forward)
-    made = [_row(f"fwd {name}", timed, flops, must)]
+    yield _row(f"fwd {name}", harness.measure(forward), flops, must)
 
     out, _ = flash_attention(*ours)
     backward: dict[str, Function] = {"ours": lambda: torch.autograd.grad(out, ours, dout, retain_graph=True)}
-    backward |= harness.available({peer: _peer_backward(theirs, dout, peer) for peer in BACKENDS})
+    backward |= harness.available({peer: peer_backward(theirs, dout, peer) for peer in BACKENDS})
     fixed, _ = flash_attention(*ours, deterministic=True)
     backward["ours deterministic"] = lambda: torch.autograd.grad(fixed, ours, dout, retain_graph=True)
-    timed = harness.measure(backward, graph=False)
     must = {"cudnn": 0.62, "flash2": 1.0, "share": 0.32} if fast else {}
-    return [*made, _row(f"bwd {name}", timed, 2.5 * flops, must)]
+    yield _row(f"bwd {name}", harness.measure(backward, graph=False), 2.5 * flops, must)
 
 
-def _packed() -> list[Row]:
+def _packed() -> Iterator[Row]:
     lengths = harness.choose(UNITS, (20, 7, 0, 13))
     heads, width = harness.choose((16, 128), (2, 16))
     longest, total = max(lengths), sum(lengths)
-    ours = [x[0].detach().requires_grad_() for x in _leaves(1, total, heads, heads, width)]
+    ours = [x[0].detach().requires_grad_() for x in leaves_of(1, total, heads, heads, width)]
     same = round(math.sqrt(sum(length**2 for length in lengths) / len(lengths)))
-    dense = _leaves(len(lengths), same, heads, heads, width)
+    dense = leaves_of(len(lengths), same, heads, heads, width)
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=harness.device())
     flops = 2.0 * heads * width * sum(length**2 for length in lengths)
     name = f"packed {'+'.join(map(str, lengths))} N{heads} H{width} causal bfloat16"
@@ -87,15 +86,14 @@ def _packed() -> list[Row]:
         "ours": lambda: packed([x.detach() for x in ours]),
         "our dense": lambda: flash_attention(*[x.detach() for x in dense]),
     } | harness.available({"torch varlen": _peer_varlen(ours, starts, longest)})
-    made = [_row(f"fwd {name}", harness.measure(forward), flops, {"our dense": 0.9})]
+    yield _row(f"fwd {name}", harness.measure(forward), flops, {"our dense": 0.9})
     outs = [packed(ours)[0], flash_attention(*dense)[0]]
     douts = [torch.randn_like(x) for x in outs]
     backward: dict[str, Function] = {
         "ours": lambda: torch.autograd.grad(outs[0], ours, douts[0], retain_graph=True),
         "our dense": lambda: torch.autograd.grad(outs[1], dense, douts[1], retain_graph=True),
     }
-    timed = harness.measure(backward, graph=False)
-    return [*made, _row(f"bwd {name}", timed, 2.5 * flops, {"our dense": 0.9})]
+    yield _row(f"bwd {name}", harness.measure(backward, graph=False), 2.5 * flops, {"our dense": 0.9})
 
 
 def _row(shape: str, timed: dict[str, harness.Timing], flops: float, must: dict[str, float]) -> Row:
@@ -103,14 +101,17 @@ def _row(shape: str, timed: dict[str, harness.Timing], flops: float, must: dict[
     return Row(op="flash_attention", shape=shape, ours=timed["ours"], peers=peers, flops=flops, limit="bf16", must=must)
 
 
-def _leaves(batch: int, length: int, heads: int, kv_heads: int, width: int) -> list[Tensor]:
+def leaves_of(batch: int, length: int, heads: int, kv_heads: int, width: int) -> list[Tensor]:
+    """Return random bfloat16 queries, keys and values, [B, S, N, H], that want gradients."""
     return [
         torch.randn(batch, length, n, width, dtype=torch.bfloat16, device=harness.device()).requires_grad_()
         for n in (heads, kv_heads, kv_heads)
     ]
 
 
-def _peer_forward(leaves: list[Tensor], peer: str) -> Callable[[], Function]:
+def peer_forward(leaves: list[Tensor], peer: str) -> Callable[[], Function]:
+    """Return a maker of SDPA with this backend over [B, N, S, H] tensors."""
+
     def make() -> Function:
         q, k, v = (x.detach() for x in leaves)
         grouped = q.shape[1] != k.shape[1]
@@ -125,7 +126,9 @@ def _peer_forward(leaves: list[Tensor], peer: str) -> Callable[[], Function]:
     return make
 
 
-def _peer_backward(leaves: list[Tensor], dout: Tensor, peer: str) -> Callable[[], Function]:
+def peer_backward(leaves: list[Tensor], dout: Tensor, peer: str) -> Callable[[], Function]:
+    """Return the maker of a peer's backward over [B, N, S, H] leaves; `dout` is ours, [B, S, N, H]."""
+
     def make() -> Function:
         q, k, v = leaves
         with sdpa_kernel(BACKENDS[peer]):
@@ -150,70 +153,46 @@ def _peer_varlen(leaves: list[Tensor], starts: Tensor, longest: int) -> Callable
     return make
 
 
-def sweep() -> None:
-    """Print every configuration at the main shapes: relative error against the first, milliseconds, TFLOP/s."""
+def sweeps() -> Iterator[Sweep]:
+    """Yield the forward and both backwards of the shapes that fill the GPU, peers beside them."""
     for batch, heads, kv_heads, length, width in harness.choose(FULL[1:], TINY):
-        leaves = _leaves(batch, length, heads, kv_heads, width)
+        leaves = leaves_of(batch, length, heads, kv_heads, width)
+        theirs = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in leaves]
+        dout = torch.randn_like(leaves[0])
+        shape = f"B{batch} N{heads}/{kv_heads} S{length} H{width}"
         flops = 2.0 * batch * heads * length * length * width
-        print(f"\nB{batch} N{heads}/{kv_heads} S{length} H{width} causal bfloat16", flush=True)
-        _sweep_forward(leaves, flops)
-        _sweep_backward(leaves, 2.5 * flops)
+        loose = choose_config(width, torch.bfloat16, deterministic=False)
+        fixed = choose_config(width, torch.bfloat16, deterministic=True)
+        keys = {part: fixed._replace(keys=part) for part in KEYS if not part.fused}
+        fused = {part: loose._replace(keys=part) for part in KEYS if part.fused}
+        peer = {"cudnn": peer_backward(theirs, dout, "cudnn")}
+        for part, current, configs, work, beside in (
+            ("forward", loose.forward, {part: loose._replace(forward=part) for part in FORWARD}, flops,
+             {"cudnn": peer_forward(theirs, "cudnn")}),
+            ("backward", loose.keys, fused | keys, 2.5 * flops, peer),
+            ("deterministic backward, keys", fixed.keys, keys, 2.5 * flops, peer),  # two kernels, whose times add:
+            ("deterministic backward, queries", fixed.queries,  # the best of each is the best of both
+             {part: fixed._replace(queries=part) for part in QUERIES}, 2.5 * flops, peer),
+        ):  # fmt: skip
+            make = _forward_of if part == "forward" else _backward_of
+            yield Sweep(
+                part=part, key=f"width {width}", shape=shape, current=current,
+                candidates={part: make(leaves, dout, config) for part, config in configs.items()},
+                beside=harness.available(beside), work=work, limit="bf16", graph=part == "forward",
+            )  # fmt: skip
 
 
-def _sweep_forward(leaves: list[Tensor], flops: float) -> None:
-    chosen = choose_config(leaves[0].shape[-1], torch.bfloat16, deterministic=False)
-    wanted = None
-    for part in dict.fromkeys((chosen.forward, *FORWARD)):
-        config = chosen._replace(forward=part)
-        try:
-            out = flash_attention(*[x.detach() for x in leaves], config=config)[0]
-        except KernelError as error:
-            print(f"  {_plain(part)}: {str(error)[:110]}")
-            continue
-        wanted = out if wanted is None else wanted
-        timed = harness.measure(
-            {"ours": lambda config=config: flash_attention(*[x.detach() for x in leaves], config=config)}
-        )
-        _say(_plain(part), [out], [wanted], timed["ours"].median_ms, flops)
+def _forward_of(leaves: list[Tensor], dout: Tensor, config: AttentionConfig) -> Function:
+    del dout
+    return lambda: flash_attention(*[x.detach() for x in leaves], config=config)[0]
 
 
-def _sweep_backward(leaves: list[Tensor], flops: float) -> None:
-    chosen = choose_config(leaves[0].shape[-1], torch.bfloat16, deterministic=True)
-    dout = torch.randn_like(leaves[0])
-    wanted: list[Tensor] = []
-    configs = [
-        chosen,
-        *(chosen._replace(keys=part) for part in KEYS),
-        *(chosen._replace(queries=part) for part in QUERIES),
-    ]
-    for config in dict.fromkeys(configs):
-        label = f"{_plain(config.keys)} {_plain(config.queries) if config.deterministic else ''}"
-        try:
-            out, _ = flash_attention(*leaves, config=config)
-            grads = list(torch.autograd.grad(out, leaves, dout, retain_graph=True))
-        except KernelError as error:
-            print(f"  {label}: {str(error)[:110]}")
-            continue
-        wanted = wanted or grads
-        run = _backward_of(out, leaves, dout)
-        _say(label, grads, wanted, harness.measure({"ours": run}, graph=False)["ours"].median_ms, flops)
+def _backward_of(leaves: list[Tensor], dout: Tensor, config: AttentionConfig) -> Function:
+    outs: list[Tensor] = []
 
+    def run() -> tuple[Tensor, ...]:
+        if not outs:
+            outs.append(flash_attention(*leaves, config=config)[0])
+        return torch.autograd.grad(outs[0], leaves, dout, retain_graph=True)
 
-def _backward_of(out: Tensor, leaves: list[Tensor], dout: Tensor) -> Function:
-    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
-
-
-def _plain(part: tuple[int, ...] | AttentionConfig) -> str:
-    return f"{type(part).__name__}{tuple(part)}"
-
-
-def _say(label: str, found: list[Tensor], wanted: list[Tensor], milliseconds: float, flops: float) -> None:
-    worst = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, wanted, strict=True))
-    print(
-        f"  {label:64s} error {worst:.1e}  {milliseconds:8.3f} ms  {flops / milliseconds / 1e9:6.0f} TFLOP/s",
-        flush=True,
-    )
-
-
-if __name__ == "__main__":
-    sweep()
+    return run

@@ -1,18 +1,19 @@
 """Does the E4M3 product reach torch._scaled_mm, by tensor, by row and by block, with either accumulation?
 
     python benchmarks/kernels/run_all.py --only fp8_matmul        the table
-    python benchmarks/kernels/bench_fp8_matmul.py                 every configuration at every shape, best first
+    python benchmarks/kernels/sweeping.py fp8_matmul              every configuration
 
 Fast accumulation is held against the library's fast one, accurate against its accurate one.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import harness
 import torch
 from harness import Row
+from sweeping import Sweep
 
 from tessera_kernels.fp8_scaling import BLOCK, SCALINGS, quantize_fp8
 from tessera_kernels.triton import fp8_matmul as kernel
@@ -21,16 +22,14 @@ SHAPES = ((8192, 8192, 8192), (8192, 8192, 4096), (4096, 7168, 16384), (64, 8192
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def rows() -> list[Row]:
-    """Return one row for each shape, scaling and accumulation."""
-    found = []
-    for count, outputs, width in harness.choose(SHAPES, ((70, 96, 256),)):
-        for scaling in SCALINGS:
-            given = _operands(count, outputs, width, scaling)
-            for accumulation in kernel.ACCUMULATIONS:
-                if scaling != "block" or accumulation == "accurate":
-                    found.append(_row(given, scaling, accumulation))
-    return found
+def rows() -> Iterator[Row]:
+    """Yield one row for each shape, scaling and accumulation."""
+    shapes = harness.choose(SHAPES, ((70, 96, 256),))
+    for shape, scaling in harness.turn((shape, scaling) for shape in shapes for scaling in SCALINGS):
+        given = _operands(*shape, scaling)
+        for accumulation in kernel.ACCUMULATIONS:
+            if scaling != "block" or accumulation == "accurate":
+                yield _row(given, scaling, accumulation)
 
 
 def _operands(count: int, outputs: int, width: int, scaling: str) -> Operands:
@@ -64,7 +63,7 @@ def _peers(given: Operands, scaling: str, accumulation: str) -> dict[str, Callab
     scales = {
         "tensor": lambda: (scale_a, scale_b),
         "row": lambda: (scale_a[:, None], scale_b[None, :]),
-        "block": lambda: (scale_a, scale_b.t()),
+        "block": lambda: (scale_a.t().contiguous().t(), scale_b.t()),  # it wants the scales of a row apart
     }[scaling]()
     library = functools.partial(
         torch._scaled_mm, a, b.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16,
@@ -77,32 +76,21 @@ def _peers(given: Operands, scaling: str, accumulation: str) -> dict[str, Callab
     }
 
 
-def sweep() -> None:
-    """Print the time of every configuration, best first, beside torch._scaled_mm."""
-    for count, outputs, width in harness.choose(SHAPES, ((70, 96, 256),)):
+def sweeps() -> Iterator[Sweep]:
+    """Yield every scaling and accumulation at large, long and few-row shapes, the library beside them."""
+    shapes = harness.choose((SHAPES[0], SHAPES[2], SHAPES[3]), ((70, 96, 256),))
+    for count, outputs, width in shapes:
         for scaling in SCALINGS:
             given = _operands(count, outputs, width, scaling)
             for accumulation in kernel.ACCUMULATIONS[: 1 if scaling == "block" else 2]:
-                functions = {
-                    _short(config): functools.partial(
-                        kernel.fp8_matmul, *given, scaling=scaling, accumulation=accumulation, config=config
-                    )
-                    for config in kernel.CONFIGS
-                }
-                functions["_scaled_mm"] = _peers(given, scaling, accumulation)["_scaled_mm"]()
-                timing = harness.measure(functions, samples=10)
-                line = "  ".join(
-                    f"{key} {2.0 * count * outputs * width / time.median_ms / 1e9:.0f}"
-                    for key, time in sorted(timing.items(), key=lambda item: item[1].median_ms)
+                run = functools.partial(kernel.fp8_matmul, *given, scaling=scaling, accumulation=accumulation)
+                yield Sweep(
+                    part=f"{scaling} {accumulation}",
+                    key="up to 64 rows" if count <= 64 else "more rows",
+                    shape=f"X{count} F{outputs} D{width}",
+                    current=kernel.choose_config(count, outputs, width, scaling, accumulation),
+                    candidates={config: functools.partial(run, config=config) for config in kernel.CONFIGS},
+                    beside=harness.available({"_scaled_mm": _peers(given, scaling, accumulation)["_scaled_mm"]}),
+                    work=2.0 * count * outputs * width,
+                    limit="fp8",
                 )
-                print(f"{scaling} {accumulation} X{count} F{outputs} D{width}, TFLOP/s: {line}", flush=True)
-
-
-def _short(config: kernel.Config) -> str:
-    words = [f"{config.block_x}x{config.block_f}-w{config.num_warps}-st{config.num_stages}"]
-    words += [name for name in ("tma", "halves", "flatten") if getattr(config, name)]
-    return "-".join(words)
-
-
-if __name__ == "__main__":
-    sweep()

@@ -1,13 +1,16 @@
-"""Linear distillation losses, forward and gradients of the student, beside Liger's chunked JSD and TRL's divergences.
+"""Linear distillation losses, forward and gradients of the student, beside Liger's chunked loss and TRL's divergences.
 
-    python benchmarks/kernels/run_all.py --only linear_distillation
-    python benchmarks/kernels/bench_linear_distillation.py --sweep      # cuts and row kernels, to choose defaults by
+    python benchmarks/kernels/run_all.py --only linear_distillation        the table
+    python benchmarks/kernels/sweeping.py linear_distillation              cuts and row kernels, to choose defaults by
 
-Memory: the peak of one call less what was there before and less the gradients that it returns, ours and the peers' alike.
+Both peers compute all of forward KL, reverse KL and JSD: TRL by its beta, Liger by the beta of its compiled JSD loss, whose ends are
+the two KL. All ways of ours and both peers are timed against each other, once for each divergence. Nobody else computes the skew
+divergences: the peers' JSD of the same run, the same products and a similar row, stands beside them. Memory: the peak of one call
+less what was there before and less the gradients that it returns, ours and the peers' alike.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +20,22 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 from bench_linear_cross_entropy import beyond_gradients
-from harness import Function, Row, available, ceilings, choose, device, is_dry, measure, say
+from harness import (
+    UNKNOWN,
+    Function,
+    Row,
+    Timing,
+    available,
+    best_of,
+    ceilings,
+    choose,
+    device,
+    is_dry,
+    is_warm_up,
+    measure,
+    turn,
+)
+from sweeping import Sweep
 
 ROWS, WIDTH, TEACHER, VOCAB = choose((8192, 2048, 4096, 128256), (6, 16, 24, 130))
 DIVERGENCES = choose(
@@ -52,10 +70,12 @@ def ours(*given: Tensor, **options: object) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss / num_tokens, given[:2])
 
 
-def _liger_jsd(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor) -> Function:
+def _liger(
+    student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor, *, beta: float
+) -> Function:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    loss_of = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.5)
+    loss_of = LigerFusedLinearJSDLoss(0.0, 1.0, beta=beta)
     return lambda: torch.autograd.grad(loss_of(student, head, teacher, teacher_head, labels), (student, head))
 
 
@@ -69,11 +89,14 @@ def _trl(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, *
     return run
 
 
-def peers_of(divergence: str, given: tuple[Tensor, ...]) -> dict[str, Function]:
-    """Return who computes this divergence: TRL has both KL and the JSD, Liger the JSD; for skew the JSD stands beside."""
-    beta = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(divergence, 0.5)
-    makers = {"trl": partial(_trl, *given[:4], beta=beta), "liger jsd": partial(_liger_jsd, *given)}
-    return available(makers)
+PEERS = ("trl", "liger")
+BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "generalized_jsd": 0.5}
+
+
+def peers_of(divergence: str, given: tuple[Tensor, ...]) -> dict[str, Callable[[], Function]]:
+    """Return the makers of who computes this divergence."""
+    beta = BETAS[divergence]
+    return {"trl": partial(_trl, *given[:4], beta=beta), "liger": partial(_liger, *given, beta=beta)}
 
 
 def errors(divergence: str) -> dict[str, tuple[float, float]]:
@@ -98,53 +121,75 @@ def errors(divergence: str) -> dict[str, tuple[float, float]]:
     return {name: (value, most) for name, value, most in zip(names, seen, (1e-6, 2.5e-3, 2.5e-3), strict=True)}
 
 
-def rows() -> list[Row]:
-    """Return a row for each divergence, one for bfloat16 gradients, and one for each KL without logits."""
+def rows() -> Iterator[Row]:
+    """Yield rows of the JSD, both KL and the skew divergences: gradients in float32, in bfloat16, and without logits."""
     given, wide = inputs(), inputs(torch.float32)
-    result = [_row(divergence, given, wide, {}) for divergence in DIVERGENCES]
-    result.append(_row("generalized_jsd", given, given, {}))
-    result.append(_row("generalized_jsd", given, given, {"accumulate": "head"}))
-    if not is_dry():
-        result += [_row(divergence, given, given, {"mode": "no_logits"}) for divergence in ("forward_kl", "reverse_kl")]
-    return result
+    found: dict[str, tuple[dict[str, Timing], float]] = {}
+    order = sorted(DIVERGENCES, key=lambda name: (name not in BETAS, name != "generalized_jsd"))
+    for divergence in turn(order):
+        calls = _calls(divergence, given, wide)
+        peers = available(peers_of(divergence, given)) if divergence in BETAS else {}
+        timed = measure({"ours": calls["float32"], **_without_first(calls), **peers}, graph=False)
+        if divergence in BETAS:
+            beside = {name: timing for name, timing in timed.items() if name in PEERS}
+            beside |= best_of("the better of liger and trl", timed, PEERS)
+            found[divergence] = beside, _least_memory([peers[name] for name in PEERS if name in timed])
+        beside, least = found.get(divergence, found.get("generalized_jsd", ({}, UNKNOWN)))
+        for grads, call in calls.items():
+            timing = timed["ours" if grads == "float32" else grads]
+            yield _row(divergence, grads, timing, beside, (call, least))
 
 
-def _row(divergence: str, given: tuple[Tensor, ...], own: tuple[Tensor, ...], options: dict[str, object]) -> Row:
-    peers = peers_of(divergence, given)
-    call = partial(ours, *own, divergence=divergence, **options)
-    timings = measure({"ours": call, **peers}, samples=30, graph=False)
-    mine = timings.pop("ours")
-    tiled = options.get("mode") == "no_logits"
-    must = {"share": 0.75}
-    if timings and not tiled:
-        must[min(timings, key=lambda name: timings[name].median_ms)] = 1.5
-    grads = "float32" if own is not given else "bfloat16"
-    words = ", ".join(f"{name} {value}" for name, value in options.items())
+def _calls(divergence: str, given: tuple[Tensor, ...], wide: tuple[Tensor, ...]) -> dict[str, Function]:
+    """Return our ways by what the head's gradient is summed in."""
+    calls: dict[str, Function] = {"float32": partial(ours, *wide, divergence=divergence)}
+    if divergence == "generalized_jsd":
+        calls["bfloat16"] = partial(ours, *given, divergence=divergence)
+        calls["bfloat16, summed in bfloat16"] = partial(ours, *given, divergence=divergence, accumulate="head")
+    if divergence in ("forward_kl", "reverse_kl") and not is_dry():
+        calls["bfloat16, no logits"] = partial(ours, *given, divergence=divergence, mode="no_logits")
+    return calls
+
+
+def _without_first(calls: Mapping[str, Function]) -> dict[str, Function]:
+    return {name: call for name, call in calls.items() if name != "float32"}
+
+
+def _least_memory(peers: list[Function]) -> float:
+    """Return the peers' least bytes in GiB, unknown unless both are here."""
+    if is_dry() or len(peers) < len(PEERS):
+        return UNKNOWN
+    return min(beyond_gradients(peer) for peer in peers)  # type: ignore[arg-type]
+
+
+def _row(
+    divergence: str, grads: str, timing: Timing, peers: Mapping[str, Timing], memory: tuple[Function, float]
+) -> Row:
+    tiled, own = "no logits" in grads, divergence in BETAS
+    call, least = memory
+    at_most = {"GiB beyond the gradients": (beyond_gradients(call), least / 4)}  # type: ignore[arg-type]
+    if "," not in grads and not is_warm_up():
+        at_most |= errors(divergence)
     return Row(
         op="linear_distillation",
-        shape=f"{divergence} fwd+bwd {ROWS} x ({WIDTH}, {TEACHER}) x {VOCAB} bfloat16, head's gradient {grads} {words}".strip(),
-        ours=mine,
-        peers=timings,
+        shape=f"{divergence} fwd+bwd {ROWS} x ({WIDTH}, {TEACHER}) x {VOCAB} bfloat16, head's gradient {grads}",
+        ours=timing,
+        peers=dict(peers),
         flops=TILED_FLOPS if tiled else FLOPS,
         limit="cublas",
-        must=must,
-        at_most=_memory(call, {name: peers[name] for name in timings}) | ({} if options else errors(divergence)),
-        notes="2 X V (4 D + 2 F) operations" if tiled else "2 X V (3 D + F) operations",
+        must={"share": 0.75} | ({} if tiled else {"the better of liger and trl": 1.5}),
+        at_most=at_most,
+        notes=("2 X V (4 D + 2 F) operations" if tiled else "2 X V (3 D + F) operations")
+        + ("" if own else "; beside it the peers' JSD: they have no skew"),
     )
-
-
-def _memory(call: Function, peers: Mapping[str, Function]) -> dict[str, tuple[float, float]]:
-    seen = beyond_gradients(call)  # type: ignore[arg-type]
-    least = min((beyond_gradients(peer) for peer in peers.values()), default=0.0)  # type: ignore[arg-type]
-    return {"GiB beyond the gradients": (seen, least / 4)} if least else {}
 
 
 def cuts() -> Iterator[tuple[str, dict[str, object]]]:
     """Yield names and options: chunk sizes first, then row kernels of two and of three walks."""
     from tessera_kernels.triton.linear_distillation import CONFIGS, LossConfig
 
-    yield "default jsd", {"divergence": "generalized_jsd"}
-    yield "default jsd, head", {"divergence": "generalized_jsd", "accumulate": "head"}
+    yield "default forward_kl", {}
+    yield "default forward_kl, head", {"accumulate": "head"}
     for rows_, logit_rows in ((832, 256), (1024, 128), (1024, 256), (1024, 512), (2048, 256), (2048, 512), (4096, 512)):
         for splits in (1, 2, 4) if rows_ < 2048 else (1, 2):
             config = LossConfig(
@@ -160,59 +205,37 @@ def cuts() -> Iterator[tuple[str, dict[str, object]]]:
         yield f"no logits {megabytes} MiB", {"mode": "no_logits", "chunk_bytes": megabytes * 2**20}
 
 
-def sweep() -> None:
-    """Print time and memory of every cut, then of the row kernels alone."""
-    limits = ceilings()
-    print({name: round(value) for name, value in limits.items()})
+def sweeps() -> Iterator[Sweep]:
+    """Yield chunk sizes over the whole loss, row kernels of two and of three walks, and tiles without logits."""
     wide, narrow = inputs(torch.float32), inputs()
+    plans: dict[tuple[str, str], dict[str, dict[str, object]]] = {}
     for name, options in cuts():
-        if is_dry() and "rows" in name:
-            continue
-        own = narrow if options.get("accumulate") or options.get("mode") else wide
-        call = partial(ours, *own, **options)
-        timing = measure({"ours": call}, samples=6, graph=False)["ours"]
-        rate = FLOPS / timing.median_ms / 1e9
-        print(
-            f"{name:48s} {timing.median_ms:7.2f} ms  {rate:6.0f} TFLOP/s  {rate / limits['cublas']:.2f} of cuBLAS  "
-            f"{beyond_gradients(call):.3f} GiB beyond the gradients",
-            flush=True,
-        )
-    if not is_dry():
-        _row_kernels()
+        divergence = str(options.get("divergence", "forward_kl"))
+        is_row = "/" in name
+        part = "no logits" if name.startswith("no logits") else "row kernel" if is_row else "chunks"
+        plans.setdefault((part, divergence), {})[name.rpartition(" ")[2] if is_row else name] = options
+    for (part, divergence), candidates in plans.items():
+        calls = {}
+        for name, options in candidates.items():
+            own = narrow if options.get("accumulate") or options.get("mode") else wide
+            calls[name] = partial(ours, *own, **options)
+        yield Sweep(
+            part=part, key=f"vocabulary {VOCAB}", shape=f"{divergence} {ROWS} x ({WIDTH}, {TEACHER}) x {VOCAB}",
+            current=_current(part, divergence), candidates=calls,
+            work=TILED_FLOPS if part == "no logits" else FLOPS, limit="cublas", graph=False,
+        )  # fmt: skip
+        if is_dry():
+            return
 
 
-def _row_kernels() -> None:
-    from tessera_kernels.triton._divergence_rows import row_kernel
-    from tessera_kernels.triton._divergence_series import DIVERGENCES as KINDS
-    from tessera_kernels.triton._divergence_series import coefficients
-    from tessera_kernels.triton._linear_loss import padded_columns
-    from tessera_kernels.triton.linear_distillation import CONFIGS
+def _current(part: str, divergence: str) -> str:
+    from tessera_kernels.triton.linear_distillation import choose_config
 
-    count, padded = 256, padded_columns(VOCAB)
-    logits = torch.randn(2, count, padded, device=device())
-    slopes = torch.empty(count, padded, device=device(), dtype=torch.bfloat16)
-    labels, losses = torch.zeros(count, dtype=torch.int64, device=device()), torch.empty(count, device=device())
-    one = torch.ones((), device=device())
-    for kind in (0, 1, 4):
-        terms, slopes_of = coefficients(KINDS[kind], 0.5)
-        for config in CONFIGS:
-            call = partial(
-                row_kernel[(count,)], logits[0], logits[1], slopes, labels, losses, one, VOCAB, padded, -100, 1.0, 0.5, 1.0,
-                0.0, 0.0, *terms, *slopes_of, KIND=kind, HARD=False, COLD=False, WRITE=True, BLOCK=config.block,
-                STAGES=config.stages, num_warps=config.num_warps,
-            )  # fmt: skip
-            timing = measure({"ours": call}, samples=10)["ours"]
-            rate = 10.0 * count * VOCAB / timing.median_ms / 1e6
-            print(
-                f"row kernel {KINDS[kind]} {config.block}/{config.num_warps}/{config.stages}: {timing.median_ms * 1e3:.1f} us, "
-                f"{rate:.0f} GB/s of 10 bytes an id",
-                flush=True,
-            )
+    chosen = choose_config(VOCAB)
+    row = f"{chosen.block}/{chosen.num_warps}/{chosen.stages}"
+    return {"chunks": f"default {divergence}", "row kernel": row, "no logits": "no logits 96 MiB"}[part]
 
 
 if __name__ == "__main__":
-    if "--sweep" in sys.argv:
-        sweep()
-    else:
-        for row in rows():
-            say(f"{row.shape}: {row.ours.median_ms:.2f} ms; " + "; ".join(text for text, _ in row.verdicts(ceilings())))
+    for row in rows():
+        print(f"{row.shape}: {row.ours.median_ms:.2f} ms; " + "; ".join(text for text, _ in row.verdicts(ceilings())))

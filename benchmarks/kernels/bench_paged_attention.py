@@ -1,27 +1,29 @@
 """Does attention over pages draw the memory's bandwidth, and as much of it as FlashInfer at its best?
 
     python benchmarks/kernels/run_all.py --only paged_attention        the table
-    python benchmarks/kernels/bench_paged_attention.py                 every configuration and several splits, best first
+    python benchmarks/kernels/sweeping.py paged_attention              every configuration and several splits
 
-Decode: a query a sequence, pages shuffled, lengths full; the work is the keys and values read once. FlashInfer runs with and
-without tensor cores, on its FA2 and FA3 paths, in both page layouts, planned beforehand; "flashinfer best" is the fastest of
-them at the same page size, which is what the must compares. Prefill: a chunk of each prompt against all before it, beside
-our own packed attention over keys that lie side by side.
+Decode: a query a sequence, pages shuffled, lengths full; the work is the keys and values read once. FlashInfer runs through
+each of its wrappers that take such pages on Hopper, planned beforehand: decode without and with tensor cores (FA2 and FA3
+paths), prefill FA3, its persistent scheduler, XQA, keys and values in one tensor as ours, and in its other layout. "flashinfer best"
+is the fastest of them at the same page size; a last decode row compares both sides' best page sizes. A setting whose answer
+is not ours, or that does not run, is left out with a line. Prefill: a chunk of each prompt against all before it, beside our own
+packed attention over keys that lie side by side.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import harness
 import torch
 from harness import Function, Row, Timing
+from sweeping import Sweep
 from torch import Tensor
 
 from tessera_kernels.triton import paged_attention as kernel
 from tessera_kernels.triton.flash_attention import flash_attention_varlen
-from tessera_shared.errors import KernelError
 
 WORKSPACE = 256 * 2**20
 
@@ -70,15 +72,34 @@ class Inputs:
     lengths: Tensor
 
 
-def rows() -> list[Row]:
-    """Return decode rows, then prefill rows."""
-    return [
-        *(_decode(shape) for shape in harness.choose(DECODE, TINY)),
-        *(_prefill(shape) for shape in harness.choose(PREFILL, TINY_PREFILL)),
-    ]
+def rows() -> Iterator[Row]:
+    """Yield decode rows, one over page sizes, then prefill rows."""
+    pages: list[Row] = []
+    for shape in harness.turn((*harness.choose(DECODE, TINY), "pages", *harness.choose(PREFILL, TINY_PREFILL))):
+        if isinstance(shape, str):
+            yield from _over_page_sizes(pages)
+        elif shape.T > 1:
+            yield _prefill(shape)
+        else:
+            row = _decode(shape)
+            pages += [row] if (shape.B, shape.S, shape.N, shape.K) == (32, 4096, 32, 8) else []
+            yield row
 
 
-def _inputs(shape: Shape) -> Inputs:
+def _over_page_sizes(found: list[Row]) -> Iterator[Row]:
+    """Compare the best page size of each side: who may choose the page does."""
+    theirs = [row.peers["flashinfer best"] for row in found if "flashinfer best" in row.peers]
+    if found:
+        ours = min(found, key=lambda row: row.ours.median_ms)
+        yield Row(
+            op="paged_attention", shape="decode B32 S4096 N32/8 H128, each side's best page size", ours=ours.ours,
+            peers={"flashinfer best": min(theirs, key=lambda timing: timing.median_ms)} if theirs else {},
+            bytes_moved=ours.bytes_moved, must={"flashinfer best": 0.95, "share": 0.75}, notes=f"ours: {ours.shape}",
+        )  # fmt: skip
+
+
+def inputs_of(shape: Shape) -> Inputs:
+    """Return random pages in a random order, and queries."""
     width_M = -(-shape.S // shape.Z)
     device = harness.device()
     pages = torch.randn(shape.B * width_M, 2, shape.Z, shape.K, shape.H, dtype=torch.bfloat16, device=device)
@@ -88,7 +109,8 @@ def _inputs(shape: Shape) -> Inputs:
     return Inputs(q=q, pages=pages, table=order, lengths=lengths)
 
 
-def _ours(inputs: Inputs, shape: Shape, **options: Any) -> Function:
+def call_of(inputs: Inputs, shape: Shape, **options: Any) -> Function:
+    """Return our call: decode, or prefill where a sequence has several queries."""
     given = (inputs.q, inputs.pages[:, 0], inputs.pages[:, 1], inputs.table, inputs.lengths)
     if shape.T == 1:
         return functools.partial(kernel.paged_attention, *given, **options)
@@ -100,20 +122,20 @@ def _starts(count: int, step: int) -> Tensor:
 
 
 def _decode(shape: Shape) -> Row:
-    inputs = _inputs(shape)
-    functions: dict[str, Function] = {"ours": _ours(inputs, shape)}
-    functions["ours, split size 1024"] = _ours(inputs, shape, split_size=harness.choose(1024, 64))
+    inputs = inputs_of(shape)
+    functions: dict[str, Function] = {"ours": call_of(inputs, shape)}
+    functions["ours, split size 1024"] = call_of(inputs, shape, split_size=harness.choose(1024, 64))
     functions |= harness.available(_flashinfer(inputs, shape))
     is_goal = shape.S >= 4096 and shape.B * shape.K >= 128
     return _row(shape, harness.measure(functions), {"flashinfer best": 0.95, "share": 0.75} if is_goal else {}, "copy")
 
 
 def _prefill(shape: Shape) -> Row:
-    inputs = _inputs(shape)
+    inputs = inputs_of(shape)
     dense = [
         torch.randn(shape.B * shape.S, shape.K, shape.H, dtype=torch.bfloat16, device=harness.device()) for _ in "kv"
     ]
-    functions: dict[str, Function] = {"ours": _ours(inputs, shape)}
+    functions: dict[str, Function] = {"ours": call_of(inputs, shape)}
     functions["our packed attention"] = functools.partial(
         flash_attention_varlen, inputs.q, *dense, _starts(shape.B, shape.T), _starts(shape.B, shape.S),
         longest_query=shape.T, longest_key=shape.S,
@@ -138,13 +160,15 @@ def _flashinfer(inputs: Inputs, shape: Shape) -> dict[str, Callable[[], Function
         return {}
     if shape.T > 1:
         return {f"flashinfer prefill {path}": _peer_prefill(inputs, shape, path) for path in ("fa2", "fa3")}
-    return {
+    makers = {
         "flashinfer plain": _peer_decode(inputs, shape, "NHD", False, "auto"),
         "flashinfer tensor fa2": _peer_decode(inputs, shape, "NHD", True, "fa2"),
         "flashinfer tensor fa3": _peer_decode(inputs, shape, "NHD", True, "fa3"),
         "flashinfer tensor fa2 HND": _peer_decode(inputs, shape, "HND", True, "fa2"),
         "flashinfer prefill fa3": _peer_prefill(inputs, shape, "fa3"),
+        "flashinfer persistent": _peer_persistent(inputs, shape),
     }
+    return makers | ({"flashinfer xqa": _peer_xqa(inputs, shape)} if shape.Z >= 16 else {})  # it has no pages of 8
 
 
 def _edges(shape: Shape, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,9 +208,38 @@ def _peer_prefill(inputs: Inputs, shape: Shape, path: str) -> Callable[[], Funct
     return make
 
 
+def _peer_persistent(inputs: Inputs, shape: Shape) -> Callable[[], Function]:
+    def make() -> Function:
+        import flashinfer
+
+        wrapper = flashinfer.BatchAttention("NHD", "cuda")
+        indptr, indices, _ = _edges(shape, inputs)
+        wrapper.plan(
+            _starts(shape.B, 1), indptr, indices, inputs.lengths, shape.N, shape.K, shape.H, shape.H, shape.Z,
+            causal=False, q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+        )  # fmt: skip
+        return _checked(lambda: wrapper.run(inputs.q, inputs.pages)[0], inputs, shape)
+
+    return make
+
+
+def _peer_xqa(inputs: Inputs, shape: Shape) -> Callable[[], Function]:
+    def make() -> Function:
+        from flashinfer.decode import xqa_batch_decode_with_kv_cache
+
+        room = torch.zeros(WORKSPACE, dtype=torch.uint8, device="cuda")  # its semaphores begin at zero
+        run = functools.partial(
+            xqa_batch_decode_with_kv_cache, inputs.q, inputs.pages, room, inputs.table,
+            inputs.lengths.view(torch.uint32), shape.S, bmm1_scale=shape.H**-0.5, bmm2_scale=1.0, kv_layout="NHD",
+        )  # fmt: skip
+        return _checked(run, inputs, shape)
+
+    return make
+
+
 def _checked(function: Function, inputs: Inputs, shape: Shape) -> Function:
     """Return the peer if its answer is ours: one that was planned wrongly would be fast."""
-    found, ours = function(), _ours(inputs, shape)()
+    found, ours = function(), call_of(inputs, shape)()
     assert isinstance(found, Tensor)
     assert isinstance(ours, Tensor)
     apart = float((found.float() - ours.float()).norm() / ours.float().norm())
@@ -195,40 +248,22 @@ def _checked(function: Function, inputs: Inputs, shape: Shape) -> Function:
     return function
 
 
-def sweep() -> None:
-    """Print microseconds of every configuration with several numbers of splits, best first."""
-    for shape in harness.choose((*DECODE[:2], DECODE[4], DECODE[-2], PREFILL[0]), TINY + TINY_PREFILL):
-        inputs = _inputs(shape)
-        functions: dict[str, Function] = {"ours": _ours(inputs, shape)}
+def sweeps() -> Iterator[Sweep]:
+    """Yield configurations with the splits that are chosen for them, then splits of the chosen configuration."""
+    shapes = harness.choose((*DECODE[:2], DECODE[4], DECODE[6], DECODE[-2], PREFILL[0]), TINY + TINY_PREFILL)
+    for shape in shapes:
+        inputs = inputs_of(shape)
         rows_each = shape.T * shape.N // shape.K
         chosen = kernel.choose_config(rows_each, shape.H, torch.bfloat16)
-        for config in kernel.CONFIGS:
-            if (config.block_m == 16) != (rows_each <= 16):
-                continue
-            for splits in (None, 1, 2, 3, 4, 8) if config == chosen else (None, 2):
-                name = f"{tuple(config)} splits {splits or 'chosen'}"
-                functions |= _working(name, _ours(inputs, shape, config=config, splits=splits))
-        timed = harness.measure(functions, samples=12)
-        best = sorted(timed.items(), key=lambda item: item[1].median_ms)
-        print(f"\n{shape}: chosen {tuple(chosen)}, {timed['ours'].median_ms * 1e3:.1f} us", flush=True)
-        for name, timing in best[:14]:
-            rate = shape.bytes_moved / timing.median_ms / 1e6
-            print(
-                f"  {name:40s} {timing.median_ms * 1e3:8.1f} us {rate:7.0f} GB/s "
-                f"{shape.flops / timing.median_ms / 1e9:6.0f} TFLOP/s",
-                flush=True,
-            )
-        del inputs, functions
-
-
-def _working(name: str, function: Function) -> dict[str, Function]:
-    try:
-        function()
-    except (KernelError, *harness.PEER_ERRORS) as error:
-        harness.say(f"{name}: {str(error)[:120]}")
-        return {}
-    return {name: function}
-
-
-if __name__ == "__main__":
-    sweep()
+        configs = [config for config in kernel.CONFIGS if (config.block_m == 16) == (rows_each <= 16)]
+        parts = {
+            "configuration": {c: call_of(inputs, shape, config=c) for c in dict.fromkeys([chosen, *configs])},
+            "splits": {s: call_of(inputs, shape, config=chosen, splits=s) for s in (None, 1, 2, 3, 4, 6, 8, 12, 16)},
+        }
+        for part, candidates in parts.items():
+            is_config = part == "configuration"
+            yield Sweep(
+                part=part, key=f"{'up to 16' if rows_each <= 16 else 'more'} rows, width {shape.H}" if is_config else str(shape),
+                shape=str(shape), current=chosen if is_config else None, candidates=candidates,
+                work=shape.bytes_moved if shape.T == 1 else shape.flops, limit="copy" if shape.T == 1 else "bf16",
+            )  # fmt: skip

@@ -1,22 +1,24 @@
 """Is a product with an 8- or 4-bit weight faster than with the bfloat16 weight it came from, at every number of rows?
 
     python benchmarks/kernels/run_all.py --only quant_matmul      the table
-    python benchmarks/kernels/bench_quant_matmul.py               every configuration at every shape, best first
+    python benchmarks/kernels/sweeping.py quant_matmul            every configuration
 
-All samples start with a cold L2 cache: a 4-bit weight of 8192 x 8192 would otherwise stay in it.
+All samples start with a cold L2 cache: a 4-bit weight of 8192 x 8192 would otherwise stay in it. A weight is made and
+quantized once for all its rows; the library's int4 and int8 products, written for few rows and very slow for many, stand
+beside up to 64. Shapes that carry a must come first.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import harness
 import torch
 from harness import Row
+from sweeping import Sweep
 
 from tessera_kernels.quant_weight import QuantWeight, quantize_w4, quantize_w8
 from tessera_kernels.triton import quant_matmul as kernel
-from tessera_shared.errors import KernelError
 
 FEW, MANY = (1, 2, 4, 8, 16), (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SHAPES = ((8192, 8192), (28672, 8192))
@@ -31,18 +33,23 @@ MUST = {
 }
 
 
-def rows() -> list[Row]:
-    """Return one row for each format, shape and number of rows."""
-    found = []
-    for outputs, width in harness.choose(SHAPES, ((96, 256),)):
-        weight_FD = (torch.randn(outputs, width, device=harness.device()) / width**0.5).to(torch.bfloat16)
-        for name, quantize in FORMATS.items():
-            packed = quantize(weight_FD)
-            for count in harness.choose((*FEW, *MANY), (1, 3)):
-                if (outputs, width) == SHAPES[0] or count in (1, 16, 128, 1024):
-                    found.append(_row(name, weight_FD, packed, count))
-            del packed
-    return found
+SLOW_PEERS = 64
+"""Rows up to which the library's int4 and int8 products are timed."""
+
+
+def rows() -> Iterator[Row]:
+    """Yield one row for each shape, format and number of rows."""
+    shapes = harness.choose(SHAPES, ((96, 256),))
+    for name, shape in harness.turn((name, shape) for shape in shapes for name in FORMATS):
+        weight_FD = _weight(*shape)
+        packed = FORMATS[name](weight_FD)
+        for count in harness.choose((*FEW, *MANY) if shape == SHAPES[0] else (1, 16, 128, 1024), (1, 3)):
+            yield _row(name, weight_FD, packed, count)
+        del packed
+
+
+def _weight(outputs: int, width: int) -> torch.Tensor:
+    return torch.randn(outputs, width, device=harness.device(), dtype=torch.bfloat16) / width**0.5
 
 
 def _row(name: str, weight_FD: torch.Tensor, packed: QuantWeight, count: int) -> Row:
@@ -70,6 +77,8 @@ def _peers(x: torch.Tensor, weight_FD: torch.Tensor, packed: QuantWeight) -> dic
     peers: dict[str, Callable[[], Any]] = {
         "cuBLAS bf16": lambda: functools.partial(torch.nn.functional.linear, x, weight_FD)
     }
+    if x.shape[0] > SLOW_PEERS:
+        return peers
     if packed.bits == 8 and packed.group is None:
         peers["_weight_int8pack_mm"] = lambda: _int8pack(x, packed)
     if packed.bits == 4:
@@ -90,32 +99,29 @@ def _int4pack(x: torch.Tensor, packed: QuantWeight) -> Callable[[], Any]:
     return functools.partial(torch._weight_int4pack_mm, x, tiled, 128, scales_and_zeros)
 
 
-def sweep() -> None:
-    """Print the time of every configuration that fits, best first, beside cuBLAS in bfloat16 and the one chosen."""
+def sweeps() -> Iterator[Sweep]:
+    """Yield each format at numbers of rows that want different tiles, cuBLAS in bfloat16 beside them."""
     outputs, width = harness.choose(SHAPES[0], (96, 256))
-    weight_FD = (torch.randn(outputs, width, device=harness.device()) / width**0.5).to(torch.bfloat16)
+    weight_FD = _weight(outputs, width)
     for name, quantize in FORMATS.items():
         packed = quantize(weight_FD)
         for count in harness.choose((1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048), (1,)):
             x = torch.randn(count, width, device=harness.device()).to(torch.bfloat16)
-            functions: dict[str, Callable[[], Any]] = {
-                "cuBLAS bf16": functools.partial(torch.nn.functional.linear, x, weight_FD)
-            }
-            for config in kernel.CONFIGS:
-                if _is_worth_it(config, count):
-                    functions[_short(config)] = functools.partial(kernel.quant_matmul, x, packed, config=config)
-            timing = {
-                key: time
-                for key, time in harness.measure(_working(functions), cold=True, samples=15).items()
-                if key != "ours"
-            }
-            chosen = _short(kernel.choose_config(count, outputs, width, packed.bits))
-            best = sorted(timing.items(), key=lambda item: item[1].median_ms)[:6]
-            line = "  ".join(f"{key} {time.median_ms * 1e3:.1f}" for key, time in best)
-            seen = timing[chosen].median_ms * 1e3 if chosen in timing else float("nan")
-            print(
-                f"{name} rows {count}: cuBLAS {timing['cuBLAS bf16'].median_ms * 1e3:.1f} us, chosen {chosen} {seen:.1f}; {line}",
-                flush=True,
+            chosen = kernel.choose_config(count, outputs, width, packed.bits)
+            configs = [config for config in kernel.CONFIGS if _is_worth_it(config, count)]
+            yield Sweep(
+                part=name,
+                key=f"{count} rows",
+                shape=f"rows {count} F{outputs} D{width}",
+                current=chosen,
+                candidates={
+                    config: functools.partial(kernel.quant_matmul, x, packed, config=config)
+                    for config in dict.fromkeys([chosen, *configs])
+                },
+                beside={"cuBLAS bf16": functools.partial(torch.nn.functional.linear, x, weight_FD)},
+                work=packed.num_bytes + 2.0 * count * (width + outputs),
+                limit="copy",
+                cold=True,
             )
 
 
@@ -124,26 +130,3 @@ def _is_worth_it(config: kernel.Config, count: int) -> bool:
     if config.kind == "tile":
         return config.block_x == 16 if count <= 16 else count / 8 <= config.block_x <= 2 * count
     return count <= 4 if config.kind == "vector" else count >= 64
-
-
-def _working(functions: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
-    found = {}
-    for key, function in functions.items():
-        try:
-            function()
-            found[key] = function
-        except (KernelError, *harness.PEER_ERRORS) as error:
-            harness.say(f"{key}: {error}")
-    return found
-
-
-def _short(config: kernel.Config) -> str:
-    if config.kind == "dequantize":
-        return "dequantize"
-    side = "wide" if config.wide else "narrow"
-    kind = side if config.kind == "tile" else "vector"
-    return f"{kind}-{config.block_f}x{config.block_x}-s{config.splits}-w{config.num_warps}-st{config.num_stages}"
-
-
-if __name__ == "__main__":
-    sweep()

@@ -1,9 +1,9 @@
 """SwiGLU elementwise beside Liger and torch.compile; the fused gate-up GEMM beside the plain GEMM of the same size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from harness import Function, Row, available, choose, device, measure
+from harness import Function, Row, available, choose, device, measure, turn
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,14 +14,12 @@ ELEMENTWISE = ((8192, 14336), (16384, 8192), (32768, 2816))
 GEMMS = ((8192, 4096, 14336), (16384, 2048, 8192), (4096, 4096, 11008))
 
 
-def rows() -> list[Row]:
-    return [
-        *(row for shape in choose(ELEMENTWISE, ((3, 40),)) for row in _elementwise(*shape)),
-        *(row for shape in choose(GEMMS, ((5, 16, 24),)) for row in _gemm(*shape)),
-    ]
+def rows() -> Iterator[Row]:
+    for shape in turn(choose((*GEMMS, *ELEMENTWISE), ((5, 16, 24), (3, 40)))):
+        yield from _gemm(*shape) if len(shape) == 3 else _elementwise(*shape)
 
 
-def _elementwise(x_rows: int, width: int) -> list[Row]:
+def _elementwise(x_rows: int, width: int) -> Iterator[Row]:
     gate, up, dact = (torch.randn(x_rows, width, device=device(), dtype=torch.bfloat16) for _ in range(3))
 
     def plain() -> Tensor:
@@ -35,7 +33,7 @@ def _elementwise(x_rows: int, width: int) -> list[Row]:
     def liger_backward() -> Function:
         from liger_kernel.ops.swiglu import swiglu_backward
 
-        own = gate.clone(), up.clone()  # it writes both gradients over its operands
+        own = gate.clone(), up.clone()  # it writes both gradients over its operands, as it does by default
         return lambda: swiglu_backward(*own, dact)
 
     forward = measure(
@@ -46,19 +44,17 @@ def _elementwise(x_rows: int, width: int) -> list[Row]:
         {"ours": lambda: ours._run_backward(dact, gate, up, [])} | available({"liger in place": liger_backward})
     )
     shape = f"{x_rows}x{width} bfloat16"
-    return [
-        Row(
-            op="swiglu", shape=f"forward {shape}", ours=forward.pop("ours"), peers=forward,
-            bytes_moved=6.0 * gate.numel(), must={"liger": 0.98, "share": 0.93},
-        ),
-        Row(
-            op="swiglu", shape=f"backward {shape}", ours=backward.pop("ours"), peers=backward,
-            bytes_moved=10.0 * gate.numel(), must={"liger in place": 1.0, "share": 0.9},
-        ),
-    ]  # fmt: skip
+    yield Row(
+        op="swiglu", shape=f"forward {shape}", ours=forward.pop("ours"), peers=forward,
+        bytes_moved=6.0 * gate.numel(), must={"liger": 0.98, "share": 0.93},
+    )  # fmt: skip
+    yield Row(
+        op="swiglu", shape=f"backward {shape}", ours=backward.pop("ours"), peers=backward,
+        bytes_moved=10.0 * gate.numel(), must={"liger in place": 1.0, "share": 0.9},
+    )  # fmt: skip
 
 
-def _gemm(x_rows: int, depth: int, width: int) -> list[Row]:
+def _gemm(x_rows: int, depth: int, width: int) -> Iterator[Row]:
     x = torch.randn(x_rows, depth, device=device(), dtype=torch.bfloat16)
     both = torch.randn(2 * width, depth, device=device(), dtype=torch.bfloat16) * depth**-0.5
     gate, up = both[:width], both[width:]
@@ -71,17 +67,13 @@ def _gemm(x_rows: int, depth: int, width: int) -> list[Row]:
         "plain GEMM": lambda: lambda: functional.linear(x, both),
         "GEMM and our elementwise": lambda: pair,
     }
-    rows_found = []
     for name, keep in (("inference", False), ("training, products kept", True)):
         function = _fused(x, gate, up, keep)
         times = measure({"ours": function} | available(peers))
-        rows_found.append(
-            Row(
-                op="swiglu", shape=f"gate-up GEMM {name} {x_rows}x{depth}x2*{width} bfloat16", ours=times.pop("ours"),
-                peers=times, flops=4.0 * x_rows * depth * width, limit="cublas", must={"plain GEMM": 1 / 1.08},
-            )
+        yield Row(
+            op="swiglu", shape=f"gate-up GEMM {name} {x_rows}x{depth}x2*{width} bfloat16", ours=times.pop("ours"),
+            peers=times, flops=4.0 * x_rows * depth * width, limit="cublas", must={"plain GEMM": 1 / 1.08},
         )  # fmt: skip
-    return rows_found
 
 
 def _fused(x: Tensor, gate: Tensor, up: Tensor, keep: bool) -> Function:

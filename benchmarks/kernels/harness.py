@@ -1,19 +1,27 @@
 """What every `bench_<op>.py` here measures with: interleaved samples, CUDA graphs, cold L2, ceilings of the same run.
 
-A bench has one function `rows() -> list[Row]`. `run_all.py` calls it in a process of its own. On a CPU (`run_all.py
---dry`) the same code runs on tiny shapes in Triton's interpreter: `choose(full, tiny)` gives the tiny ones.
+A bench has one function `rows() -> Iterator[Row]`, which goes over its shapes through `turn`. `run_all.py` calls it in a
+process of its own and keeps every row at once. Four environment variables change what happens here, all of them set by
+`run_all.py` and `session.py`:
+
+    TESSERA_BENCH_DRY=1        on a CPU, tiny shapes (`choose(full, tiny)`), Triton's interpreter, numbers mean nothing
+    TESSERA_BENCH_WARM=2/7     compile only: the third of seven processes calls each function of its shapes once
+    TESSERA_BENCH_UNTIL=1.7e9  no shape is begun after this time (seconds since the epoch)
+    TESSERA_BENCH_WITHOUT=a,b  peers that are not tried, because they took a process down
 """
 
 import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from math import isnan, nan
 from statistics import median
 from typing import Any, TypeVar
 
 import torch
+import triton
 
 Function = Callable[[], object]
 T = TypeVar("T")
@@ -24,11 +32,19 @@ FLUSH_BYTES = 256 * 2**20
 WARM_SAMPLE_MS = 0.5
 """A warm sample repeats a function until it takes about this long."""
 
+MEASURE_SECONDS = 9.0
+"""Functions that are measured together get fewer samples, though never below LEAST_SAMPLES, where all would take longer."""
+
+LEAST_SAMPLES = 10
+
 PEER_ERRORS = (
     ImportError, RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError, NotImplementedError,
-    OSError,
+    OSError, triton.TritonError,
 )  # fmt: skip
-"""What a peer that does not work here may raise; it is then left out, with a line."""
+"""What a peer that does not work here may raise, compilers included; it is then left out, with a line."""
+
+UNKNOWN = nan
+"""The most that is allowed, where the peer that says it is not here."""
 
 DATASHEET = {"h200": {"bf16": 989.0, "fp8": 1979.0}, "h100": {"bf16": 989.0, "fp8": 1979.0}}
 """Dense tensor-core TFLOP/s that shares "of 989" and "of 1,979" mean."""
@@ -49,8 +65,9 @@ class Timing:
 class Row:
     """One shape of one op: our time, the peers', what the work is and what must hold.
 
-    `must`: a peer's name -> least (peer's time / ours), "share" -> least share of `limit`. `at_most`: a name ->
-    (value seen, most that is allowed), for memory, passes and errors. `notes` stand in the report as they are.
+    `must`: a peer's name -> least (peer's time / ours), "share" -> least share of `limit`; a peer that is not here stands
+    as not measured. `at_most`: a name -> (value seen, most that is allowed or UNKNOWN), for memory, passes and errors.
+    `notes` stand in the report as they are.
     """
 
     op: str
@@ -91,7 +108,9 @@ class Row:
             text = f"{what} {'not measured' if seen is None else f'{seen:.3g}'} >= {least:g}"
             found.append((text, None if seen is None or is_dry() else seen >= least))
         for name, (seen_value, most) in self.at_most.items():
-            found.append((f"{name} {seen_value:.3g} <= {most:g}", None if is_dry() else seen_value <= most))
+            wanted = "not measured" if isnan(most) else f"{most:g}"
+            met = None if is_dry() or isnan(most) else seen_value <= most
+            found.append((f"{name} {seen_value:.3g} <= {wanted}", met))
         return found
 
     def to_json(self, limits: Mapping[str, float]) -> dict[str, Any]:
@@ -102,12 +121,39 @@ class Row:
             "ratios": {name: self.ratio(name) for name in self.peers},
             "verdicts": self.verdicts(limits),
         }
-        return asdict(self) | derived
+        bounds = {name: [value, None if isnan(most) else most] for name, (value, most) in self.at_most.items()}
+        return asdict(self) | derived | {"at_most": bounds}
 
 
 def is_dry() -> bool:
     """Is this a dry run on the CPU?"""
     return os.environ.get("TESSERA_BENCH_DRY") == "1"
+
+
+def is_warm_up() -> bool:
+    """Does this process only compile?"""
+    return bool(os.environ.get("TESSERA_BENCH_WARM"))
+
+
+def turn(items: Iterable[T]) -> Iterator[T]:
+    """Yield the shapes of a bench: in a warm-up this process's share, else all until the time is up, then say the rest."""
+    share, _, processes = os.environ.get("TESSERA_BENCH_WARM", "0/1").partition("/")
+    until = float(os.environ.get("TESSERA_BENCH_UNTIL", "inf"))
+    left_out = []
+    for index, item in enumerate(items):
+        if index % int(processes) != int(share):
+            continue
+        if time.time() > until:
+            left_out.append(item)
+        else:
+            yield item
+    for item in left_out:
+        say(f"{TIME_IS_UP} {item}")
+
+
+TIME_IS_UP = "left out, time is up:"
+TRYING = "trying:"
+"""Said before a peer or we run for the first time, so that a crash has a name."""
 
 
 def device() -> str:
@@ -127,8 +173,13 @@ def say(line: str) -> None:
 
 def available(peers: Mapping[str, Callable[[], Function]]) -> dict[str, Function]:
     """Return the peers whose maker works here; a maker imports the peer, binds its inputs and returns what to time."""
-    found = {}
+    found: dict[str, Function] = {}
+    without = os.environ.get("TESSERA_BENCH_WITHOUT", "").split(",")
     for name, make in peers.items():
+        if name in without:
+            say(f"left out: {name} (it took the process down before)")
+            continue
+        say(f"{TRYING} {name}")
         try:
             found[name] = make()
         except PEER_ERRORS as error:
@@ -144,9 +195,11 @@ def measure(
     `cold` empties the L2 cache before every sample and times one call; otherwise a sample repeats the call. "ours" must
     work; another that raises is left out with a line.
     """
+    if is_warm_up():
+        return {name: _called_once(name, function) for name, function in functions.items()}
     if is_dry():
         return {name: timing for name, f in functions.items() if (timing := _dry(name, f)) is not None}
-    replays: dict[str, tuple[Function, int, bool]] = {}
+    replays: dict[str, Replay] = {}
     for name, function in functions.items():
         ready = _ready(name, function, cold=cold, graph=graph)
         if ready is not None:
@@ -154,15 +207,41 @@ def measure(
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda") if cold else None
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in replays}
     names = list(replays)
-    for sample in range(samples):
+    for sample in range(_samples(samples, replays)):
         for name in names[sample % len(names) :] + names[: sample % len(names)]:
-            events[name].append(_sample(replays[name][0], flush))
+            events[name].append(_sample(replays[name].run, flush))
     torch.cuda.synchronize()
     result = {}
-    for name, (_, repeats, captured) in replays.items():
-        times = sorted(start.elapsed_time(end) / repeats for start, end in events[name])
-        result[name] = _timing(times, captured)
+    for name, replay in replays.items():
+        times = sorted(start.elapsed_time(end) / replay.calls for start, end in events[name])
+        result[name] = _timing(times, replay.is_graph)
     return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What a sample runs."""
+
+    run: Function
+    calls: int  # of the function in it
+    is_graph: bool
+    ms: float  # of one call, roughly
+
+
+def _samples(wanted: int, replays: Mapping[str, Replay]) -> int:
+    each_ms = sum(replay.ms * replay.calls for replay in replays.values())
+    return max(min(wanted, LEAST_SAMPLES), min(wanted, int(MEASURE_SECONDS * 1e3 / max(each_ms, 1e-3))))
+
+
+def _called_once(name: str, function: Function) -> Timing:
+    """Compile what a function launches. A fault is told by the process that measures."""
+    try:
+        function()
+        if not is_dry():
+            torch.cuda.synchronize()
+    except PEER_ERRORS as error:
+        say(f"not warm: {name} ({_line(error)})")
+    return Timing(median_ms=1.0, p20=1.0, p80=1.0, samples=0)
 
 
 def _sample(replay: Function, flush: torch.Tensor | None) -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -175,8 +254,9 @@ def _sample(replay: Function, flush: torch.Tensor | None) -> tuple[torch.cuda.Ev
     return start, end
 
 
-def _ready(name: str, function: Function, *, cold: bool, graph: bool) -> tuple[Function, int, bool] | None:
-    """Warm up, see how long a call takes, capture; return (what to replay, calls in it, whether it is a graph)."""
+def _ready(name: str, function: Function, *, cold: bool, graph: bool) -> Replay | None:
+    """Warm up, see how long a call takes, capture."""
+    say(f"{TRYING} {name}")
     try:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -197,13 +277,13 @@ def _ready(name: str, function: Function, *, cold: bool, graph: bool) -> tuple[F
     repeats = 1 if cold else max(1, min(100, round(WARM_SAMPLE_MS / max(estimate_ms, 1e-3))))
     captured = _captured(name, function, repeats) if graph else None
     if captured is not None:
-        return captured, repeats, True
+        return Replay(run=captured, calls=repeats, is_graph=True, ms=estimate_ms)
 
     def eager() -> None:
         for _ in range(repeats):
             function()
 
-    return eager, repeats, False
+    return Replay(run=eager, calls=repeats, is_graph=False, ms=estimate_ms)
 
 
 def _captured(name: str, function: Function, repeats: int) -> Function | None:
@@ -244,7 +324,9 @@ def _timing(times: list[float], graph: bool) -> Timing:
 
 
 def peak_memory(function: Function) -> int:
-    """Return the bytes that one call allocates at its peak beyond what was there before; 0 in a dry run."""
+    """Return the bytes that one call allocates at its peak beyond what was there before; 0 in a dry run or a warm-up."""
+    if is_warm_up():
+        return 0
     if is_dry():
         function()
         return 0
@@ -289,6 +371,14 @@ def _scaled_mm_ms(a: torch.Tensor, b: torch.Tensor) -> float:
         torch._scaled_mm, left, right, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
     )
     return measure({"ours": product})["ours"].median_ms
+
+
+def best_of(name: str, timings: Mapping[str, Timing], wanted: Iterable[str]) -> dict[str, Timing]:
+    """Return {name: the fastest of the wanted peers}; nothing unless all of them ran: a missing one might be faster."""
+    names = list(wanted)
+    if not names or not all(one in timings for one in names):
+        return {}
+    return {name: min((timings[one] for one in names), key=lambda timing: timing.median_ms)}
 
 
 def gpu_name() -> str:

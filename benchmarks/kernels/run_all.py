@@ -2,9 +2,10 @@
 
     python benchmarks/kernels/run_all.py [--only op,op] [--out DIR] [--check] [--dry]
 
-Each op runs in a process of its own with a time limit, so that one crash loses nothing. `--check` first fuzzes the op on
-the GPU in every configuration (planted bugs left out) and times nothing that is wrong. `--dry` runs the same scripts on
-a CPU: tiny shapes, Triton's interpreter, numbers that mean nothing.
+Each op runs in a process of its own with a time limit, longest first, and every row is kept at once, so that neither a
+crash nor the limit loses what was measured. `--check` first fuzzes the op on the GPU in every configuration (planted bugs
+left out) and times nothing that is wrong. `--dry` runs the same scripts on a CPU: tiny shapes, Triton's interpreter,
+numbers that mean nothing. `session.py` does the same and more in boxes of seconds.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,10 +25,21 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE)]
+
+from boxed import Ran, run_boxed, told_until  # noqa: E402
+
 ROOT = HERE.parents[1]
 ROOMS = ("shared", "kernels", "torch_impl", "parity")
-PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "flashinfer-python", "torchao")
+PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "flashinfer-python")
 CHECKS_AT_ONCE = 4
+TIME_IS_UP = "left out, time is up:"  # what harness.turn says
+SECONDS = {
+    "linear_distillation": 60, "quant_matmul": 40, "paged_attention": 35, "linear_cross_entropy": 30, "flash_attention": 25,
+    "fp8_matmul": 25, "sample": 25, "cuda_flash_attention": 20, "cuda_rms_norm": 20, "rms_norm": 20, "swiglu": 20, "rope": 15,
+    "adamw": 12,
+}  # fmt: skip
+"""What an op's bench takes on an H200 once everything is compiled: estimates from shapes and samples, not measured yet."""
 
 
 def main() -> int:
@@ -44,8 +57,13 @@ def main() -> int:
     clock = time.perf_counter()
     checks = _check_all(names, options) if options.check else {}
     wrong = [name for name, found in checks.items() if found["problem"]]
-    results = [_bench(name, options) for name in names if name not in wrong and not options.check_only]
-    report = _report(results, checks, seconds=time.perf_counter() - clock, dry=options.dry)
+    results = [
+        bench(name, limit=options.limit, dry=options.dry)
+        for name in longest_first(names)
+        if name not in wrong and not options.check_only
+    ]
+    results.sort(key=lambda one: str(one["op"]))
+    report = report_of(results, checks, seconds=time.perf_counter() - clock, dry=options.dry)
     print(report)
     _write(options, results, checks, report)
     failed = [one for one in results if one["problem"]]
@@ -69,8 +87,18 @@ def _options() -> argparse.Namespace:
     return options
 
 
+def names_of() -> list[str]:
+    """Return every op that has a bench here, in alphabetical order."""
+    return sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+
+
+def longest_first(names: list[str]) -> list[str]:
+    """Return ops so that what takes longest begins first; an op that nobody estimated counts as a minute."""
+    return sorted(names, key=lambda name: -SECONDS.get(name, 60))
+
+
 def _names(only: str) -> list[str]:
-    known = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+    known = names_of()
     asked = [name for name in only.split(",") if name]
     for name in asked:
         if name not in known:
@@ -79,54 +107,54 @@ def _names(only: str) -> list[str]:
 
 
 def _child(name: str, path: Path) -> int:
-    """Measure one op in this process and leave its rows as JSON."""
-    sys.path[:0] = [str(HERE)]
+    """Measure one op in this process; every row is in the JSON as soon as it is there."""
     import harness
 
-    limits = harness.ceilings()
-    found = importlib.import_module(f"bench_{name}").rows()
-    rows = [row.to_json(limits) for row in found]
-    path.write_text(json.dumps({"limits": limits, "gpu": harness.gpu_name(), "rows": rows}), encoding="utf-8")
+    limits = {} if harness.is_warm_up() else harness.ceilings()
+    rows: list[dict[str, Any]] = []
+    for row in importlib.import_module(f"bench_{name}").rows():
+        rows.append(row.to_json(limits))
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps({"limits": limits, "gpu": harness.gpu_name(), "rows": rows}), encoding="utf-8")
+        fresh.replace(path)
     return 0
 
 
-def _environment(dry: bool) -> dict[str, str]:
+def environment_of(dry: bool) -> dict[str, str]:
+    """Return the environment of every process here: the rooms on Python's path, torch.compile without processes of its own
+    (they would run beside what is timed) and, dry, the interpreter."""
     rooms = os.pathsep.join(str(ROOT / room) for room in ROOMS)
     extra = {"TESSERA_BENCH_DRY": "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if dry else {}
     path = os.pathsep.join(part for part in (rooms, os.environ.get("PYTHONPATH", "")) if part)
-    return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"} | extra
+    return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"} | extra
 
 
-def _bench(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one op's bench in a process of its own."""
+def bench_command(name: str, path: Path) -> list[str]:
+    """Return the command that measures one op and leaves its rows in `path`."""
+    return [sys.executable, str(HERE / "run_all.py"), "--child", name, "--json", str(path)]
+
+
+def bench(name: str, *, limit: float, dry: bool) -> dict[str, Any]:
+    """Run one op's bench in a process of its own for at most `limit` seconds; rows that were ready by then are kept."""
     print(f"== {name}", file=sys.stderr, flush=True)
-    clock = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tessera-bench-") as folder:
         path = Path(folder) / "rows.json"
-        command = [sys.executable, str(Path(__file__)), "--child", name, "--json", str(path)]
-        problem = _run(command, options.limit, _environment(options.dry))
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"limits": {}, "gpu": "", "rows": []}
-    if not problem and not found["rows"]:
-        problem = "gave no rows"
-    seconds = time.perf_counter() - clock
-    print(f"   {len(found['rows'])} rows, {seconds:.0f} s {problem}", file=sys.stderr, flush=True)
-    return {"op": name, "problem": problem, "seconds": seconds} | found
+        environment = told_until(environment_of(dry), limit)
+        ran = run_boxed(bench_command(name, path), environment=environment, seconds=limit)
+        sys.stderr.write(ran.err[-4000:])
+        found = read_bench(name, ran, path)
+    print(f"   {len(found['rows'])} rows, {ran.seconds:.0f} s {found['problem']}", file=sys.stderr, flush=True)
+    return found
 
 
-def _run(command: list[str], limit: float, environment: dict[str, str]) -> str:
-    """Run a command whose standard error a person may watch; return what went wrong, in a line, or nothing."""
-    with tempfile.TemporaryFile("w+") as err:
-        try:
-            code = subprocess.run(command, env=environment, stderr=err, timeout=limit, check=False).returncode
-        except subprocess.TimeoutExpired:
-            code = None
-        err.seek(0)
-        text = err.read()
-    sys.stderr.write(text[-4000:])
-    if code is None:
-        return f"stopped after {limit:.0f} s"
-    lines = text.strip().splitlines() or ["no message"]
-    return "" if code == 0 else f"exit status {code}: {lines[-1][:200]}"
+def read_bench(name: str, ran: Ran, path: Path) -> dict[str, Any]:
+    """Return what a bench left: its rows, what went wrong, which shapes and peers it left out."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"limits": {}, "gpu": "", "rows": []}
+    lines = [line.strip() for line in ran.err.splitlines()]
+    late = [line.removeprefix(TIME_IS_UP).strip() for line in lines if line.startswith(TIME_IS_UP)]
+    missing = sorted({line for line in lines if line.startswith("left out: ")})
+    problem = ran.problem() or ("" if found["rows"] or late else "gave no rows")
+    return {"op": name, "problem": problem, "seconds": ran.seconds, "late": late, "missing": missing} | found
 
 
 def _check_all(names: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -139,23 +167,23 @@ def _check(name: str, options: argparse.Namespace) -> dict[str, Any]:
     device = "cpu" if options.dry else "cuda"
     command = [sys.executable, "-m", "tessera_parity.kernel_worker", name, "--device", device, "--no-bugs"]
     command += ["--lane", options.lane]
-    try:
-        done = subprocess.run(
-            command, env=_environment(options.dry), capture_output=True, text=True, timeout=options.limit, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"problem": f"stopped after {options.limit:.0f} s"}
-    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return read_check(run_boxed(command, environment=environment_of(options.dry), seconds=options.limit))
+
+
+def read_check(ran: Ran) -> dict[str, Any]:
+    """Return what a fuzzing worker found; `begun` counts the cases that it began, also where it was stopped."""
+    said = [json.loads(line) for line in ran.out.splitlines() if line.startswith("{") and line.endswith("}")]
+    begun = sum(line["kind"] == "at" for line in said)
     fuzzed = next((line["what"] for line in said if line["kind"] == "fuzzed"), None)
     if fuzzed is None:
         last = next((line["what"] for line in reversed(said) if line["kind"] in ("lost", "at")), "")
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        return {"problem": f"exit status {done.returncode}: {lines[-1][:200]} at {last}"}
+        return {"problem": f"{ran.problem() or 'no result'} at {last}", "begun": begun, "stopped": ran.code is None}
     problem = f"{fuzzed['failure']} in {fuzzed['failing_case']}" if fuzzed["failure"] else ""
-    return {"problem": problem} | fuzzed
+    return {"problem": problem, "begun": begun, "stopped": False} | fuzzed
 
 
-def _report(results: list[dict[str, Any]], checks: dict[str, dict[str, Any]], *, seconds: float, dry: bool) -> str:
+def report_of(results: list[dict[str, Any]], checks: Mapping[str, dict[str, Any]], *, seconds: float, dry: bool) -> str:
+    """Return the report as Markdown: limits, checks, one line for each row, counted musts, notes, what was left out."""
     gpu = next((one["gpu"] for one in results if one["gpu"]), "no GPU")
     limits: dict[str, float] = next((one["limits"] for one in results if one["limits"]), {})
     lines = [
@@ -192,6 +220,9 @@ def _report(results: list[dict[str, Any]], checks: dict[str, dict[str, Any]], *,
     judged = [verdict[1] for one in results for row in one["rows"] for verdict in row["verdicts"]]
     lines += ["", f"Musts: {judged.count(True)} met, {judged.count(False)} missed, {judged.count(None)} not judged."]
     notes = [f"- {row['op']}, {row['shape']}: {row['notes']}" for one in results for row in one["rows"] if row["notes"]]
+    for one in results:
+        notes += [f"- {one['op']}, {line}" for line in one.get("missing", ())]
+        notes += [f"- {one['op']}, {TIME_IS_UP} {shape}" for shape in one.get("late", ())]
     return "\n".join(lines + (["", *notes] if notes else [])) + "\n"
 
 

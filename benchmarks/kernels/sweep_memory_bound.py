@@ -1,71 +1,16 @@
-"""Which configuration is fastest at which shape? Times every candidate of the memory-bound kernels and prints the best.
+"""Sweeps of the kernels that memory bounds, and of the gate-up product: see `sweeping.py`, which runs them.
 
-    python benchmarks/kernels/sweep_memory_bound.py [--only rms_norm,rope,swiglu,gate_up,adamw] [--seconds 400]
-
-Its answer goes into each kernel's `choose_config` by hand, with the date, so that the choice stays a pure function.
-A candidate that does not compile or fit is left out with a line. Best first; the current choice is marked with *.
+Candidates are the configurations of `CONFIGS` and a small grid around them; one of the grid that wins goes into `CONFIGS`.
 """
 
-import argparse
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import torch
+from harness import choose, device
+from sweeping import Sweep
 
-HERE = Path(__file__).parent
-ROOMS = ("shared", "kernels")
-sys.path[:0] = [str(HERE), *(str(HERE.parents[1] / room) for room in ROOMS)]
-
-from harness import PEER_ERRORS, ceilings, choose, device, measure  # noqa: E402
-
-from tessera_kernels.triton import _gate_up, adamw, rms_norm, rope, swiglu  # noqa: E402
-
-Candidate = tuple[Any, Callable[[], object]]
-Sweep = tuple[str, float, Any, Sequence[Candidate]]  # shape, bytes or flops, current choice, candidates
-
-
-def main() -> int:
-    """Sweep what is asked for until the time is up; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--seconds", type=float, default=400.0, help="no new shape is begun after this")
-    options = parser.parse_args()
-    clock = time.perf_counter()
-    limits = ceilings()
-    print("limits:", {name: round(value) for name, value in limits.items()}, flush=True)
-    for name, sweeps in SWEEPS.items():
-        if options.only and name not in options.only.split(","):
-            continue
-        limit = "cublas" if name == "gate_up" else "copy"
-        for shape, work, current, candidates in sweeps():
-            if time.perf_counter() - clock > options.seconds:
-                print(f"{name} {shape}: left out, time is up")
-                continue
-            _report(name, shape, work, current, candidates, limits[limit] * (1e9 if limit == "cublas" else 1e6))
-    return 0
-
-
-def _report(name: str, shape: str, work: float, current: Any, candidates: Sequence[Candidate], limit: float) -> None:
-    times = []
-    for config, function in candidates:
-        try:
-            timing = measure({"ours": function}, samples=choose(12, 2))["ours"]
-        except PEER_ERRORS as error:
-            print(
-                f"    left out: {tuple(config)} {type(error).__name__}: {str(error).splitlines()[0][:120]}", flush=True
-            )
-            continue
-        times.append((timing.median_ms, config))
-    print(f"{name} {shape}", flush=True)
-    for rank, (ms, config) in enumerate(sorted(times)):
-        if rank < 5 or tuple(config) == tuple(current):
-            mark = "*" if tuple(config) == tuple(current) else " "
-            print(f"  {mark} {ms * 1e3:9.1f} us {100 * work / ms / limit:5.1f} %  {tuple(config)}", flush=True)
-    torch.cuda.empty_cache()
+from tessera_kernels.triton import _gate_up, adamw, rms_norm, rope, swiglu
 
 
 def _random(*shape: int) -> torch.Tensor:
@@ -78,17 +23,26 @@ def _norm_sweeps() -> Iterator[Sweep]:
         x, dy, gain = _random(rows, width), _random(rows, width), _random(width)
         rstd = rms_norm._run_forward(x, None, gain, 1e-6, False, [])[2]
         chosen = rms_norm.choose_config(width, 2)
-        heights = (1, 2, 4, 8, 16) if width <= 1024 else (1,)
-        warps = tuple(w for w in (1, 2, 4, 8, 16, 32) if 128 <= max(width, 1024) // w <= 2048)
-        forwards = [
-            rms_norm.RowConfig(32768, *cut) for cut in product(heights, warps, (0, 2, 4), (1, 2, 3))
-            if cut[2] or cut[3] == 1
-        ]  # fmt: skip
-        backwards = [rms_norm.RowConfig(16384, *cut) for cut in product(heights, warps, (1, 2, 3, 4, 6), (1, 2, 3, 4))]
-        candidates = [(c, _norm_forward(x, gain, c)) for c in choose(forwards, forwards[:2])]
-        yield f"forward {rows}x{width}", 4.0 * x.numel(), chosen.forward, candidates
-        candidates = [(c, _norm_backward(dy, x, gain, rstd, c)) for c in choose(backwards, backwards[:2])]
-        yield f"backward {rows}x{width}", 6.0 * x.numel(), chosen.backward, candidates
+        heights = (1, 4, 16) if width <= 1024 else (1,)
+        warps = tuple(w for w in (4, 8, 16, 32) if 128 <= max(width, 1024) // w <= 1024)
+        forwards = [chosen.forward, *(rms_norm.RowConfig(32768, *cut) for cut in product(heights, warps, (0,), (1,)))]
+        forwards += [rms_norm.RowConfig(32768, 1, w, count, 3) for w in warps for count in (2, 4)]
+        backwards = [
+            chosen.backward,
+            *(rms_norm.RowConfig(16384, *cut) for cut in product(heights, warps, (1, 2, 4), (1, 2, 3))),
+        ]
+        few = choose(len(backwards) + len(forwards), 2)
+        for part, current, cuts, bytes_each in (
+            ("forward", chosen.forward, forwards, 4.0), ("backward", chosen.backward, backwards, 6.0),
+        ):  # fmt: skip
+            calls = {
+                cut: _norm_forward(x, gain, cut) if part == "forward" else _norm_backward(dy, x, gain, rstd, cut)
+                for cut in list(dict.fromkeys(cuts))[:few]
+            }
+            yield Sweep(
+                part=part, key=f"width {width}", shape=f"{rows}x{width}", current=current, candidates=calls,
+                work=bytes_each * x.numel(), limit="copy",
+            )  # fmt: skip
 
 
 def _norm_forward(x: torch.Tensor, gain: torch.Tensor, cut: rms_norm.RowConfig) -> Callable[[], object]:
@@ -106,10 +60,13 @@ def _rope_sweeps() -> Iterator[Sweep]:
     for batch, positions, heads, kv_heads, width in choose(shapes, ((1, 3, 4, 2, 8),)):
         q, k = _random(batch, positions, heads, width), _random(batch, positions, kv_heads, width)
         cos, sin = _random(batch, positions, width), _random(batch, positions, width)
-        cuts = [rope.RopeConfig(*cut) for cut in product((1, 2, 4), (4, 8, 16, 32), (2, 4, 8))]
-        candidates = [(c, _rope(q, k, cos, sin, c)) for c in choose(cuts, cuts[:2])]
-        moved = 4.0 * (q.numel() + k.numel() + cos.numel())
-        yield f"N{heads} K{kv_heads} H{width}", moved, rope.choose_config(max(heads, kv_heads), width), candidates
+        chosen = rope.choose_config(max(heads, kv_heads), width)
+        cuts = [chosen, *(rope.RopeConfig(*cut) for cut in product((1, 2, 4), (4, 8, 16, 32), (4, 8)))]
+        yield Sweep(
+            part="turn", key=f"{heads} heads of {width}", shape=f"N{heads} K{kv_heads} H{width}", current=chosen,
+            candidates={cut: _rope(q, k, cos, sin, cut) for cut in list(dict.fromkeys(cuts))[: choose(99, 2)]},
+            work=4.0 * (q.numel() + k.numel() + cos.numel()), limit="copy",
+        )  # fmt: skip
 
 
 def _rope(
@@ -121,14 +78,20 @@ def _rope(
 def _swiglu_sweeps() -> Iterator[Sweep]:
     for rows, width in choose(((8192, 14336), (16384, 2816)), ((3, 40),)):
         gate, up, dact = (_random(rows, width) for _ in range(3))
-        cuts = [
+        chosen = swiglu.choose_config(gate.numel(), 2)
+        grid = [
             swiglu.SwigluConfig(*cut) for cut in product((1024, 2048, 4096, 8192), (4, 8, 16)) if cut[0] >= cut[1] * 256
         ]
-        current = swiglu.choose_config(gate.numel(), 2)
-        candidates = [(c, _swiglu(gate, up, c)) for c in choose(cuts, cuts[:2])]
-        yield f"forward {rows}x{width}", 6.0 * gate.numel(), current, candidates
-        candidates = [(c, _swiglu_backward(dact, gate, up, c)) for c in choose(cuts, cuts[:2])]
-        yield f"backward {rows}x{width}", 10.0 * gate.numel(), current, candidates
+        cuts = list(dict.fromkeys([chosen, *grid]))[: choose(99, 2)]
+        for part, bytes_each in (("forward", 6.0), ("backward", 10.0)):
+            calls = {
+                cut: _swiglu(gate, up, cut) if part == "forward" else _swiglu_backward(dact, gate, up, cut)
+                for cut in cuts
+            }
+            yield Sweep(
+                part=part, key="large", shape=f"{rows}x{width}", current=chosen, candidates=calls,
+                work=bytes_each * gate.numel(), limit="copy",
+            )  # fmt: skip
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor, cut: swiglu.SwigluConfig) -> Callable[[], object]:
@@ -143,14 +106,23 @@ def _swiglu_backward(
 
 def _gate_up_sweeps() -> Iterator[Sweep]:
     for rows, depth, width in choose(((8192, 4096, 14336), (16384, 2048, 8192), (64, 4096, 14336)), ((5, 16, 24),)):
-        x, gate, up = _random(rows, depth), _random(width, depth), _random(width, depth)
-        cuts = {
-            *_gate_up.CONFIGS,
-            *(_gate_up.GateUpConfig(128, 128, 64, 8, stages, group, persistent, 1)
-              for stages, group, persistent in product((3, 4), (4, 8, 16, 32), (0, 1))),
-        }  # fmt: skip
-        candidates = [(c, _gate_up_call(x, gate, up, c)) for c in choose(sorted(cuts), sorted(cuts)[:1])]
-        yield f"{rows}x{depth}x2*{width}", 4.0 * rows * depth * width, _gate_up.choose_config(rows, 2, True), candidates
+        x, both = _random(rows, depth), _random(2 * width, depth)
+        gate, up = both[:width], both[width:]
+        chosen = _gate_up.choose_config(rows, 2, choose(True, False))
+        grid = [
+            _gate_up.GateUpConfig(128, 128, 64, 8, stages, group, persistent, 1)
+            for stages, group, persistent in product((3, 4), (4, 8, 16), (0, 1))
+        ]
+        cuts = list(dict.fromkeys([chosen, *_gate_up.CONFIGS, *grid]))[: choose(99, 1)]
+        yield Sweep(
+            part="product", key="up to 64 rows" if rows <= 64 else "more rows", shape=f"{rows}x{depth}x2*{width}",
+            current=chosen, candidates={cut: _gate_up_call(x, gate, up, cut) for cut in cuts},
+            beside={"plain GEMM": _plain(x, both)}, work=4.0 * rows * depth * width, limit="cublas",
+        )  # fmt: skip
+
+
+def _plain(x: torch.Tensor, both: torch.Tensor) -> Callable[[], object]:
+    return lambda: torch.nn.functional.linear(x, both)
 
 
 def _gate_up_call(
@@ -162,9 +134,13 @@ def _gate_up_call(
 def _adamw_sweeps() -> Iterator[Sweep]:
     count = choose(2**27, 300)
     state = [torch.randn(count, device=device()) for _ in range(3)] + [torch.rand(count, device=device())]
-    cuts = [adamw.AdamWConfig(*cut) for cut in product((512, 1024, 2048), (4, 8), (0, 4, 8, 16))]
-    candidates = [(c, _adamw(state, c)) for c in choose(cuts, cuts[:2])]
-    yield f"{count} float32", 28.0 * count, adamw.choose_config(count), candidates
+    chosen = adamw.choose_config(count)
+    cuts = [chosen, *(adamw.AdamWConfig(*cut) for cut in product((512, 1024, 2048), (4, 8), (0, 8, 16)))]
+    yield Sweep(
+        part="update", key="large", shape=f"{count} float32", current=chosen,
+        candidates={cut: _adamw(state, cut) for cut in list(dict.fromkeys(cuts))[: choose(99, 2)]}, work=28.0 * count,
+        limit="copy",
+    )  # fmt: skip
 
 
 def _adamw(state: list[torch.Tensor], cut: adamw.AdamWConfig) -> Callable[[], object]:
@@ -181,7 +157,3 @@ SWEEPS: dict[str, Callable[[], Iterator[Sweep]]] = {
     "gate_up": _gate_up_sweeps,
     "adamw": _adamw_sweeps,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -62,7 +62,7 @@ def test_a_peer_that_does_not_work_is_left_out_with_a_line_and_ours_may_not(
 def test_one_script_that_crashes_loses_no_other(tmp_path: Path) -> None:
     folder = tmp_path / "benchmarks" / "kernels"
     folder.mkdir(parents=True)
-    for name in ("harness.py", "run_all.py"):
+    for name in ("boxed.py", "harness.py", "run_all.py"):
         (folder / name).write_text((BENCHES / name).read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "bench_good.py").write_text(
         "import harness\n\n\ndef rows():\n"
