@@ -97,23 +97,13 @@ def sweeps() -> Iterator[Sweep]:
         )  # fmt: skip
         if has_backward(width, None, False, current):
             overlaps = [current._replace(overlap=overlap) for overlap in (1, 2)]
+            attentions = {config: partial(flash_attention, config=config) for config in overlaps}
             yield Sweep(
-                part="backward", candidates={config: _backward_of(leaves, dout, config) for config in overlaps},
-                work=2.5 * flops, limit="bf16", graph=False,
+                part="backward", work=2.5 * flops, limit="bf16", graph=False,
+                candidates={config: dense.backward_of(leaves, dout, run) for config, run in attentions.items()},
                 beside=harness.available({"cudnn": dense.peer_backward(theirs, dout, "cudnn")}), **same,
             )  # fmt: skip
 
 
 def _forward_of(leaves: list[Tensor], config: CudaConfig) -> Function:
     return lambda: flash_attention(*[x.detach() for x in leaves], config=config)[0]
-
-
-def _backward_of(leaves: list[Tensor], dout: Tensor, config: CudaConfig) -> Function:
-    outs: list[Tensor] = []
-
-    def run() -> tuple[Tensor, ...]:
-        if not outs:
-            outs.append(flash_attention(*leaves, config=config)[0])
-        return torch.autograd.grad(outs[0], leaves, dout, retain_graph=True)
-
-    return run

@@ -9,6 +9,7 @@ own contiguous [B, N, S, H] tensors. The backward is timed with its launches: mi
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import accumulate
 
 import harness
@@ -20,7 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from tessera_kernels.triton.flash_attention import (
-    AttentionConfig,
     choose_config,
     flash_attention,
     flash_attention_varlen,
@@ -174,25 +174,28 @@ def sweeps() -> Iterator[Sweep]:
             ("deterministic backward, queries", fixed.queries,  # the best of each is the best of both
              {part: fixed._replace(queries=part) for part in QUERIES}, 2.5 * flops, peer),
         ):  # fmt: skip
-            make = _forward_of if part == "forward" else _backward_of
+            make = _forward_of if part == "forward" else backward_of
             yield Sweep(
                 part=part, key=f"width {width}", shape=shape, current=current,
-                candidates={part: make(leaves, dout, config) for part, config in configs.items()},
+                candidates={
+                    part: make(leaves, dout, partial(flash_attention, config=config)) for part, config in configs.items()
+                },
                 beside=harness.available(beside), work=work, limit="bf16", graph=part == "forward",
             )  # fmt: skip
 
 
-def _forward_of(leaves: list[Tensor], dout: Tensor, config: AttentionConfig) -> Function:
+def _forward_of(leaves: list[Tensor], dout: Tensor, attention: Callable[..., tuple[Tensor, Tensor]]) -> Function:
     del dout
-    return lambda: flash_attention(*[x.detach() for x in leaves], config=config)[0]
+    return lambda: attention(*[x.detach() for x in leaves])[0]
 
 
-def _backward_of(leaves: list[Tensor], dout: Tensor, config: AttentionConfig) -> Function:
+def backward_of(leaves: list[Tensor], dout: Tensor, attention: Callable[..., tuple[Tensor, Tensor]]) -> Function:
+    """Return the backward of one attention; its forward runs once, at the first call."""
     outs: list[Tensor] = []
 
     def run() -> tuple[Tensor, ...]:
         if not outs:
-            outs.append(flash_attention(*leaves, config=config)[0])
+            outs.append(attention(*leaves)[0])
         return torch.autograd.grad(outs[0], leaves, dout, retain_graph=True)
 
     return run

@@ -70,6 +70,24 @@ template <int SPAN> TESSERA_DEVICE int tiles_of(const Work& w) {
     return w.row < w.q_length && w.low < w.high ? (w.high - w.low + SPAN - 1) / SPAN : 0;
 }
 
+// A place in a ring of COUNT and how often it went around.
+template <int COUNT> struct Turn {
+    int stage = 0, parity = 0;
+    TESSERA_DEVICE void next() {
+        if (++stage == COUNT) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Sums of one product as the left factor of the next: what a thread holds of one is what it must hold of the other.
+template <class T, int COUNT>
+TESSERA_DEVICE void round_fragments(uint32_t (&to)[COUNT / 8][4], const float (&from)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; ++i) to[i / 4][i % 4] = packed<T>(from[2 * i], from[2 * i + 1]);
+}
+
 // Rows and columns of the 16-row fragments that a thread of a warp holds: number i stands in row `fragment_row(i)`.
 TESSERA_DEVICE int fragment_row(int lane, int i) { return lane / 4 + 8 * (i / 2 % 2); }
 TESSERA_DEVICE int fragment_column(int lane, int i) { return 8 * (i / 4) + 2 * (lane % 4) + i % 2; }

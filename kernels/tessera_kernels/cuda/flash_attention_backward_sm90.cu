@@ -57,16 +57,6 @@ TESSERA_DEVICE Range range_of(const Problem& p, int tile, int blocks) {
     return r;
 }
 
-struct Turn {
-    int stage = 0, parity = 0;
-    TESSERA_DEVICE void next() {
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 TESSERA_DEVICE void load_tile(
     unsigned char* to, const TensorMap* map, uint64_t* full, int count, int row, int head, int batch) {
 #pragma unroll
@@ -81,7 +71,7 @@ TESSERA_DEVICE void copy_all(
     barrier_expect(&tiles.kv_full, 2 * KEYS * PADDED * 2);
     load_tile(tiles.k, k_map, &tiles.kv_full, KEYS, r.column, r.kv_head, r.sequence);
     load_tile(tiles.v, v_map, &tiles.kv_full, KEYS, r.column, r.kv_head, r.sequence);
-    Turn turn;
+    Turn<STAGES> turn;
     for (int member = 0; member < p.group; ++member) {
         const int head = r.kv_head * p.group + member;
         const float* row = rows + (static_cast<int64_t>(r.sequence) * p.heads + head) * p.blocks * ROW_FLOATS;
@@ -128,11 +118,6 @@ TESSERA_DEVICE void issue_queries(float (&to)[32], uint32_t dscores, uint32_t k_
         group_product_flipped<TYPE, 64>(
             to, tile_descriptor(dscores + slice * 2048, 0), tile_descriptor(k_panel + slice * 2048, 0), slice > 0);
     group_commit();
-}
-
-TESSERA_DEVICE void round_left(uint32_t (&to)[QUERIES / 16][4], const float (&from)[QUERIES / 2]) {
-#pragma unroll
-    for (int i = 0; i < QUERIES / 4; ++i) to[i / 4][i % 4] = packed<TYPE>(from[2 * i], from[2 * i + 1]);
 }
 
 // Scores to probabilities, never above 1: the forward's own sum differs from this one in the last place.
@@ -200,7 +185,7 @@ TESSERA_DEVICE void multiply_all(
     for (int i = 0; i < PADDED / 2; ++i) dk_sums[i] = dv_sums[i] = 0.0f;
     if (r.low < r.high) {
         barrier_wait(&tiles.kv_full, 0);
-        Turn turn;
+        Turn<STAGES> turn;
         int held = -1, buffer = 0;          // the stage that the product under way still reads
         uint32_t dscores[QUERIES / 16][4];  // which it reads as well, into the next round
         for (int member = 0; member < p.group; ++member) {
@@ -222,14 +207,14 @@ TESSERA_DEVICE void multiply_all(
                     barrier_arrive(&tiles.dout_empty[held]);
                 }
                 recall(scores, rows, p, r, r.column + row, query, lane, unit);
-                round_left(left, scores);
+                round_fragments<TYPE>(left, scores);
                 issue_outer(dv_sums, left, dout);
                 group_wait<OVERLAP == 1>();
                 settled(dprobs);
 #pragma unroll
                 for (int i = 0; i < QUERIES / 2; ++i)
                     dprobs[i] = scores[i] * (dprobs[i] - rows[2 * QUERIES + fragment_column(lane, i)]);
-                round_left(dscores, dprobs);
+                round_fragments<TYPE>(dscores, dprobs);
                 share(tiles.dscores[buffer], dscores, row, lane);
                 fence_for_engine();
                 sync_some(1, 256);

@@ -33,17 +33,6 @@ struct Tiles {
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 
-// A place in a ring of STAGES and how often it went around.
-struct Turn {
-    int stage = 0, parity = 0;
-    TESSERA_DEVICE void next() {
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 TESSERA_DEVICE void load_rows(
     unsigned char* to, const TensorMap* map, uint64_t* full, int rows, int row, int head, int batch) {
     barrier_expect(full, rows * PADDED * 2);
@@ -54,7 +43,7 @@ TESSERA_DEVICE void load_rows(
 
 TESSERA_DEVICE void copy_all(
     Tiles& tiles, const Problem& p, int count, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map) {
-    Turn k_turn, v_turn;
+    Turn<STAGES> k_turn, v_turn;
     int q_parity = 0;
     for (int tile = blockIdx.x; tile < count; tile += gridDim.x) {
         const Work w = work_of<BLOCK_M, BLOCK_N>(p, tile);
@@ -114,12 +103,6 @@ TESSERA_DEVICE void issue_mix(float (&out)[PADDED / 2], const uint32_t (&weights
     group_commit();
 }
 
-// Weights as the left factor of the next product: what a thread holds of S is what it must hold of P.
-TESSERA_DEVICE void round_weights(uint32_t (&weights)[BLOCK_N / 16][4], const float (&scores)[BLOCK_N / 2]) {
-#pragma unroll
-    for (int i = 0; i < BLOCK_N / 4; ++i) weights[i / 4][i % 4] = packed<TYPE>(scores[2 * i], scores[2 * i + 1]);
-}
-
 // Values of keys past the sequence's end belong to another sequence, or to nobody: NaN there times weight 0 is NaN.
 TESSERA_DEVICE void clear_past_end(unsigned char* v, int keys, int group, int thread) {
     if (keys >= BLOCK_N) return;
@@ -139,7 +122,7 @@ TESSERA_DEVICE void attend_all(
     const int thread = threadIdx.x % 128, lane = thread % 32;
     const bool speaks = lane == 0;  // for its warp, at barriers that the copying thread waits on
     const uint32_t q = shared_address(tiles.q) + group * 64 * 128;
-    Turn k_turn, v_turn;
+    Turn<STAGES> k_turn, v_turn;
     int q_parity = 0;
     let_go(group, 0, group);  // as if it had had a turn before all those in front of it
     for (int tile = blockIdx.x; tile < count; tile += gridDim.x) {
@@ -168,7 +151,7 @@ TESSERA_DEVICE void attend_all(
             k_turn.next();
             hide(scores, w, p, row, column, lane, inner, column < w.whole_low || column >= w.whole_high);
             softmax.weigh(scores, unit, fade);
-            round_weights(weights, scores);
+            round_fragments<TYPE>(weights, scores);
             for (int step = 1; step < steps; ++step) {
                 const int ahead = column - BLOCK_N;
                 barrier_wait(&tiles.k_full[k_turn.stage], k_turn.parity);
@@ -188,7 +171,7 @@ TESSERA_DEVICE void attend_all(
                 settled(out);
                 if (speaks) barrier_arrive(&tiles.v_empty[v_turn.stage]);
                 v_turn.next();
-                round_weights(weights, scores);
+                round_fragments<TYPE>(weights, scores);
 #pragma unroll
                 for (int i = 0; i < PADDED / 2; ++i) out[i] *= fade[i / 2 % 2];
                 column = ahead;
