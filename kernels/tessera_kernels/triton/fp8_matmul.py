@@ -50,8 +50,8 @@ _PROMOTE = tl.constexpr(128)
 GROUP_X = 8
 """Row blocks that share b's tiles in the L2 cache."""
 
-BLOCK_TILE = 128 * 128
-"""Largest tile of c under block scales."""
+TWICE = 64 * 32
+"""Sums a warp may hold where each 128 products have sums of their own beside the whole ones: 64 and 64 a thread."""
 
 
 @triton.jit
@@ -77,6 +77,19 @@ def _store(out, tile, r, f, rows, num_outputs, TMA_OUT: tl.constexpr):
 
 
 @triton.jit
+def _scales(scale_a, scale_b, r, f, rows, num_outputs, sa_row, sb_row, SCALING: tl.constexpr):
+    """What the sums of rows `r` and outputs `f` are multiplied by at the end; ones under block scales."""
+    if SCALING == _TENSOR:
+        by_row, by_output = tl.load(scale_a), tl.load(scale_b)
+    elif SCALING == _ROW:
+        by_row = tl.load(scale_a + r * sa_row, mask=r < rows, other=0.0)
+        by_output = tl.load(scale_b + f * sb_row, mask=f < num_outputs, other=0.0)
+    else:
+        by_row, by_output = 1.0, 1.0
+    return by_row, by_output
+
+
+@triton.jit
 def _fp8_kernel(
     a, b, out, scale_a, scale_b, rows, num_outputs, width, a_stride, b_stride, sa_row, sa_col, sb_row, sb_col,
     BLOCK_X: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, SCALING: tl.constexpr, FAST: tl.constexpr,
@@ -90,6 +103,8 @@ def _fp8_kernel(
         row, output = block_x * BLOCK_X, block_f * BLOCK_F
         r, f = row + tl.arange(0, BLOCK_X), output + tl.arange(0, BLOCK_F)
         acc = tl.zeros((BLOCK_X, BLOCK_F), tl.float32)
+        if not FLATTEN:  # before the sum: nobody waits for a scale after it. Flattened, they would be carried along
+            by_row, by_output = _scales(scale_a, scale_b, r, f, rows, num_outputs, sa_row, sb_row, SCALING)
         for step in tl.range(0, steps, num_stages=STAGES):
             k = step * BLOCK_K
             a_tile = _load(a, row, k, rows, width, a_stride, BLOCK_X, BLOCK_K, TMA)
@@ -107,11 +122,13 @@ def _fp8_kernel(
                 acc = tl.dot(a_tile, b_tile.T, acc)
             else:
                 acc = tl.dot(a_tile, b_tile.T, acc, max_num_imprecise_acc=_PROMOTE)
+        if FLATTEN:
+            by_row, by_output = _scales(scale_a, scale_b, r, f, rows, num_outputs, sa_row, sb_row, SCALING)
         if SCALING == _TENSOR:
-            acc *= tl.load(scale_a) * tl.load(scale_b)
+            acc *= by_row * by_output
         if SCALING == _ROW:
-            acc *= tl.load(scale_a + r * sa_row, mask=r < rows, other=0.0)[:, None]
-            acc *= tl.load(scale_b + f * sb_row, mask=f < num_outputs, other=0.0)[None, :]
+            acc *= by_row[:, None]
+            acc *= by_output[None, :]
         if HALVES:  # half the tile at a time: half the shared memory on the way out, one more stage in flight
             left, right = acc.reshape(BLOCK_X, 2, BLOCK_F // 2).permute(0, 2, 1).split()
             _store(out, left.to(OUT), row, output, rows, num_outputs, TMA_OUT)
@@ -193,10 +210,10 @@ def fp8_matmul(
     if out_dtype not in FLOATS:
         expect_choice("out_dtype", out_dtype, FLOATS)
     chosen = config or choose_config(a_XD.shape[0], b_FD.shape[0], a_XD.shape[1], scaling, accumulation)
-    if scaling == "block":
+    if scaling == "block" or accumulation == "accurate":
         expect_between(
-            "block_x * block_f", chosen.block_x * chosen.block_f, 1, BLOCK_TILE,
-            "block scales need a second accumulator in registers and scales in flight beside the tiles",
+            "block_x * block_f", chosen.block_x * chosen.block_f, 1, TWICE * chosen.num_warps,
+            "each 128 products need sums of their own in registers beside the whole ones",
         )  # fmt: skip
     settings = [int(value) for value in astuple(chosen)]
     return _launch(a_XD, b_FD, scale_a, scale_b, SCALINGS.index(scaling), accumulation == "fast", out_dtype, settings)

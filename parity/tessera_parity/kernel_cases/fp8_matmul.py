@@ -91,7 +91,7 @@ def _bug(find: str, replace: str) -> Patch:
 
 BUGS = (
     _bug("(r < rows) & (column < width)", "(r < rows) & (column <= width)"),
-    _bug("acc *= tl.load(scale_a) * tl.load(scale_b)", "acc *= tl.load(scale_a)"),
+    _bug("acc *= by_row * by_output", "acc *= by_row"),
     _bug("scale_a + (r // A_ROWS) * sa_row + step * sa_col", "scale_a + (r // A_ROWS) * sa_row"),
     _bug("acc += part * sa[:, None]\n", "acc = part * sa[:, None]\n"),
     _bug("acc = tl.dot(a_tile, b_tile.T, acc, max_num", "acc = tl.dot(a_tile, b_tile.T, max_num"),
@@ -108,7 +108,7 @@ EXAMPLES = (
     Case(rows=3, outputs=129, width=199, scaling="tensor"),
     Case(rows=5, outputs=72, width=272, scaling="block"),
     Case(rows=65, outputs=130, width=272, scaling="row", accumulation="fast"),
-    Case(rows=70, outputs=264, width=144, scaling="row", config=_HALVES),
+    Case(rows=70, outputs=264, width=144, scaling="row", accumulation="fast", config=_HALVES),
     Case(rows=0, outputs=5, width=128, scaling="row"),
     Case(rows=5, outputs=7, width=128, scaling="tensor", layout="offset1", values="mixed"),
     Case(rows=5, outputs=140, width=257, scaling="block", layout="sliced", values="mixed", config=_POINTERS),

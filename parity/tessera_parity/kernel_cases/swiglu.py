@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
+from torch import Tensor
 
 from tessera_kernels.reference import swiglu as plain
 from tessera_kernels.triton import swiglu as ours
@@ -20,6 +21,7 @@ from tessera_shared.errors import KernelError
 ELEMENTWISE = "tessera_kernels/triton/swiglu.py"
 GEMM = "tessera_kernels/triton/_gate_up.py"
 SMALL_TILES = GateUpConfig(16, 16, 16, 4, 2, 2, 1, 1)
+SMALL_PAIRS = GateUpConfig(16, 16, 16, 4, 2, 2, 1, 1, 1, 1)
 SMALL_POINTER_TILES = GateUpConfig(16, 16, 16, 4, 2, 2, 0, 0)
 
 
@@ -35,6 +37,7 @@ class Case:
     ffn: int = 8
     width: int = 8
     fused: bool = False
+    one_buffer: str = ""  # "gate" or "up" comes first in a buffer of both weights
     config: SwigluConfig | GateUpConfig | None = None
 
 
@@ -57,7 +60,8 @@ def _cases(gpu: bool) -> SearchStrategy[Case]:
         values=value_kinds("normal", "small", "mixed", "constant", "ties"),
         ffn=sizes(tile=128 if gpu else 16, most=2000 if gpu else 40),
         width=sizes(tile=64 if gpu else 16, most=1100 if gpu else 40),
-        config=st.none() if gpu else st.sampled_from([SMALL_TILES, SMALL_POINTER_TILES]),
+        one_buffer=st.sampled_from(["", "gate", "up"]),
+        config=st.none() if gpu else st.sampled_from([SMALL_TILES, SMALL_PAIRS, SMALL_POINTER_TILES]),
     )
     return elementwise | fused
 
@@ -78,9 +82,21 @@ def _run(module: ModuleType, case: Case, tensors: Tensors) -> Tensors:
         raise KernelError(f"config = {case.config}: expected one of the other kernel, because fused = {case.fused}")
     names = [name for name in ("x", "gate", "up") if name in tensors]
     leaves = [tensors[name].detach().requires_grad_() for name in names]
-    act = (module.gate_up_swiglu if case.fused else module.swiglu)(*leaves, config=case.config)
+    act = (module.gate_up_swiglu if case.fused else module.swiglu)(*_laid(case, leaves), config=case.config)
     gradients = torch.autograd.grad(act, leaves, tensors["dact"])
     return {"act": act.detach()} | {f"grad {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
+
+
+def _laid(case: Case, leaves: list[Tensor]) -> list[Tensor]:
+    """Return the operands as they lie: apart, or both weights in one buffer."""
+    if not case.one_buffer:
+        return leaves
+    x, gate, up = leaves
+    if case.one_buffer == "gate":
+        both = torch.cat((gate, up))
+        return [x, both[: case.ffn], both[case.ffn :]]
+    both = torch.cat((up, gate))
+    return [x, both[case.ffn :], both[: case.ffn]]
 
 
 def _magnitudes(case: Case, tensors: Tensors) -> Mapping[str, float]:
@@ -113,6 +129,8 @@ OP = KernelOp(
         Case(rows=4, ffn=33, values="large", layout="transposed"),
         Case(rows=0, ffn=5),
         Case(rows=17, ffn=24, width=40, fused=True, dtype="bfloat16", config=SMALL_TILES),
+        Case(rows=17, ffn=24, width=40, fused=True, dtype="bfloat16", one_buffer="gate", config=SMALL_PAIRS),
+        Case(rows=150, ffn=72, width=200, fused=True, dtype="bfloat16", one_buffer="up"),
         Case(rows=17, ffn=33, width=31, fused=True, config=SMALL_POINTER_TILES),
         Case(rows=19, ffn=32, width=48, fused=True, dtype="float16", layout="sliced", values="small"),
         Case(rows=0, ffn=5, width=3, fused=True),
@@ -123,13 +141,15 @@ OP = KernelOp(
         Case(rows=3, ffn=70, config=SwigluConfig(64, 4)),
         Case(rows=17, ffn=33, width=40, fused=True, config=SMALL_POINTER_TILES),
         Case(rows=33, ffn=32, width=32, fused=True, config=SMALL_TILES),
+        Case(rows=33, ffn=24, width=32, fused=True, one_buffer="up", config=SMALL_PAIRS),
     ),
     bugs=(
         _bug(ELEMENTWISE, "sigmoid * (1.0 + g * (1.0 - sigmoid))", "sigmoid * (1.0 - g * (1.0 - sigmoid))"),
         _bug(ELEMENTWISE, "return rows, width, cut, triton.cdiv(width, cut.block)", "return rows, width, cut, width // cut.block"),
-        _bug(GEMM, "gate_acc = tl.zeros([BLOCK_X, BLOCK_F], tl.float32)\n        up_acc = tl.zeros",
-              "gate_acc = tl.full([BLOCK_X, BLOCK_F], 1e-2, tl.float32)\n        up_acc = tl.zeros"),
+        _bug(GEMM, "gate_acc = tl.zeros([BLOCK_X, BLOCK_F], tl.float32)", "gate_acc = tl.full([BLOCK_X, BLOCK_F], 1e-2, tl.float32)"),
+        _bug(GEMM, "(second_acc, first_acc) if UP_FIRST else (first_acc, second_acc)", "(first_acc, second_acc)"),
+        _bug(GEMM, "b = gate_weight.load([0, column, start])", "b = gate_weight.load([0, row, start])"),
         _bug(GEMM, "height = tl.minimum(blocks_x - first, GROUP)", "height = GROUP"),
-        _bug(GEMM, "for start in tl.range(0, D, BLOCK_D):", "for start in tl.range(BLOCK_D, D, BLOCK_D):"),
+        _bug(GEMM, "a = _tile(x, x_stride, row, start,", "a = _tile(x, x_stride, row, 0,"),
     ),
 )  # fmt: skip
