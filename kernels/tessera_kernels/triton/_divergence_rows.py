@@ -16,7 +16,15 @@ difference is e^u (e^x - 1). F and G: `_divergence_series`.
 import triton
 import triton.language as tl
 
-from tessera_kernels.triton._row_math import LOWEST, expm1, label_loss, log1p, write_zeros
+from tessera_kernels.triton._row_math import (
+    LOWEST,
+    expm1,
+    found_logit,
+    label_loss,
+    log1p,
+    without_shortfall,
+    write_zeros,
+)
 
 FORWARD = tl.constexpr(0)
 REVERSE = tl.constexpr(1)
@@ -42,18 +50,18 @@ def _power_difference(u, v, x):
 
 @triton.jit
 def row_sums(
-    student, teacher, first_id, width, padded, label, s_top, t_top, mass, moved, mean, rest, label_logit, inv_tau,
+    student, teacher, first_id, width, padded, label, s_top, t_top, mass, moved, mean, rest, moment, inv_tau,
     KIND: tl.constexpr, HARD: tl.constexpr, COLD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Carry a row's sums over one more stretch of the vocabulary.
 
     mass = sum e^u, moved = sum (e^v - e^u), mean = sum e^u x (reverse KL), rest = sum of e^(s - maximum) without the label
-    (HARD; COLD = the temperature is not one).
+    (HARD; COLD = the temperature is not one), moment = the same sum of s e^(s - maximum).
     """
     lanes = tl.arange(0, BLOCK)
     first = lanes == 0
     masses, moves = tl.where(first, mass, 0.0), tl.where(first, moved, 0.0)
-    means, rests = tl.where(first, mean, 0.0), tl.where(first, rest, 0.0)
+    means, rests, moments = tl.where(first, mean, 0.0), tl.where(first, rest, 0.0), tl.where(first, moment, 0.0)
     for start in tl.range(0, width, BLOCK, num_stages=STAGES):
         columns = start + lanes
         inside = columns < width
@@ -78,12 +86,11 @@ def row_sums(
             means += tl.where(inside, e * x, 0.0)
         if HARD:
             cold = tl.exp(tl.where(inside, s - s_new, 0.0)) if COLD else e
-            rests = cold_fall * rests + tl.where((first_id + columns == label) | (columns >= width), 0.0, cold)
+            cold = tl.where((first_id + columns == label) | (columns >= width), 0.0, cold)
+            rests = cold_fall * rests + cold
+            moments = cold_fall * moments + tl.where(cold > 0.0, cold * s, 0.0)
         s_top, t_top = s_new, t_new
-    if HARD:
-        here = (label >= first_id) & (label < first_id + width)
-        label_logit = tl.where(here, tl.load(student + label - first_id, mask=here, other=0.0), label_logit)
-    return s_top, t_top, tl.sum(masses, 0), tl.sum(moves, 0), tl.sum(means, 0), tl.sum(rests, 0), label_logit
+    return s_top, t_top, tl.sum(masses, 0), tl.sum(moves, 0), tl.sum(means, 0), tl.sum(rests, 0), tl.sum(moments, 0)
 
 
 @triton.jit
@@ -162,12 +169,13 @@ def last_walk(
     student, teacher, slopes, first_id, width, padded, label, s_top, t_top, mass, moved, rest, label_logit,
     slope_sum, soft_scale, hard_scale, z_loss, inv_tau, weight,
     f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
-    KIND: tl.constexpr, HARD: tl.constexpr, WRITE: tl.constexpr, BACKWARD: tl.constexpr,
+    KIND: tl.constexpr, HARD: tl.constexpr, WRITE: tl.constexpr, BACKWARD: tl.constexpr, IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk a stretch of a row, backward when BACKWARD; write its slopes when WRITE; return its sum q F(r).
 
-    slopes = soft_scale (q G - q slope_sum) + hard_scale (softmax(s) - onehot, with the z-loss).
+    slopes = soft_scale (q G - q slope_sum) + hard_scale (softmax(s) - onehot, with the z-loss). IN_PLACE: they lie over
+    logits of the student that the walk has behind it, or has just read.
     """
     shift = log_ratio_of_sums(mass, moved)
     terms = tl.zeros((BLOCK,), tl.float32)
@@ -191,6 +199,8 @@ def last_walk(
                 wrong = -rest / total * hard_scale + hard * (hard_factor - hard_scale)
                 slope += tl.where(first_id + columns == label, wrong, hard * hard_factor)
             slope = tl.where(columns < width, slope, 0.0).to(slopes.dtype.element_ty)
+            if IN_PLACE:
+                tl.debug_barrier()
             tl.store(slopes + columns, slope, mask=columns < padded)
     return tl.sum(terms, 0)
 
@@ -217,7 +227,7 @@ def _slope_sum_of_kl(mass, moved, mean, KIND: tl.constexpr):
 
 @triton.jit
 def row_kernel(
-    student, teacher, slopes, labels, losses, unit, vocab, padded,
+    student, teacher, slopes, labels, exact, losses, unit, vocab, padded,
     ignore_index, inv_tau, weight, soft_weight, label_weight, z_loss,
     f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
     KIND: tl.constexpr, HARD: tl.constexpr, COLD: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
@@ -233,10 +243,14 @@ def row_kernel(
             write_zeros(dz, padded, BLOCK)
     else:
         zero = tl.full((), 0.0, tl.float32)
-        s_top, t_top, mass, moved, mean, rest, found = row_sums(
+        s_top, t_top, mass, moved, mean, rest, moment = row_sums(
             s, t, 0, vocab, padded, label, zero + LOWEST, zero + LOWEST, zero, zero, zero, zero, zero, inv_tau,
             KIND, HARD, COLD, BLOCK, STAGES,
         )  # fmt: skip
+        own = zero
+        if HARD:
+            own = tl.load(exact + row)
+            rest = without_shortfall(rest, moment, own, found_logit(s, 0, vocab, label, zero))
         slope_sum = _slope_sum_of_kl(mass, moved, mean, KIND)
         divergence = zero
         if KIND >= THREE_WALKS:
@@ -248,14 +262,14 @@ def row_kernel(
             known = (not HARD) | ((label >= 0) & (label < vocab))
             scale = tl.where(known, tl.load(unit), float("nan"))
             last = last_walk(
-                s, t, dz, 0, vocab, padded, label, s_top, t_top, mass, moved, rest, found, slope_sum,
+                s, t, dz, 0, vocab, padded, label, s_top, t_top, mass, moved, rest, own, slope_sum,
                 scale * soft_weight * inv_tau, scale * label_weight, z_loss, inv_tau, weight,
                 f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
-                KIND, HARD, WRITE, KIND < THREE_WALKS, BLOCK, STAGES,
+                KIND, HARD, WRITE, KIND < THREE_WALKS, False, BLOCK, STAGES,
             )  # fmt: skip
             if KIND < THREE_WALKS:
                 divergence = last
-        loss = mixed_loss(divergence, soft_weight, label_weight, z_loss, s_top, rest, found, label, vocab, HARD)
+        loss = mixed_loss(divergence, soft_weight, label_weight, z_loss, s_top, rest, own, label, vocab, HARD)
         tl.store(losses + row, loss)
 
 
@@ -273,23 +287,28 @@ def tile_sums(
     moved = tl.load(place + 3 * num_rows, mask=begun, other=0.0)
     mean = tl.load(place + 4 * num_rows, mask=begun, other=0.0)
     rest = tl.load(place + 5 * num_rows, mask=begun, other=0.0)
-    found = tl.load(place + 6 * num_rows, mask=begun, other=0.0)
-    s_top, t_top, mass, moved, mean, rest, found = row_sums(
-        student + row * padded, teacher + row * padded, first_id, width, padded, tl.load(labels + row), s_top, t_top,
-        mass, moved, mean, rest, found, inv_tau, KIND, HARD, COLD, BLOCK, STAGES,
+    moment = tl.load(place + 6 * num_rows, mask=begun, other=0.0)
+    found = tl.load(place + 7 * num_rows, mask=begun, other=0.0)
+    label = tl.load(labels + row)
+    s_top, t_top, mass, moved, mean, rest, moment = row_sums(
+        student + row * padded, teacher + row * padded, first_id, width, padded, label, s_top, t_top,
+        mass, moved, mean, rest, moment, inv_tau, KIND, HARD, COLD, BLOCK, STAGES,
     )  # fmt: skip
+    if HARD:
+        found = found_logit(student + row * padded, first_id, width, label, found)
     tl.store(place, s_top)
     tl.store(place + num_rows, t_top)
     tl.store(place + 2 * num_rows, mass)
     tl.store(place + 3 * num_rows, moved)
     tl.store(place + 4 * num_rows, mean)
     tl.store(place + 5 * num_rows, rest)
-    tl.store(place + 6 * num_rows, found)
+    tl.store(place + 6 * num_rows, moment)
+    tl.store(place + 7 * num_rows, found)
 
 
 @triton.jit
 def tile_slopes(
-    student, teacher, slopes, labels, losses, state, unit, first_id, width, padded, vocab, num_rows,
+    student, teacher, slopes, slope_stride, labels, exact, losses, state, unit, first_id, width, padded, vocab, num_rows,
     ignore_index, inv_tau, weight, soft_weight, label_weight, z_loss,
     f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
     KIND: tl.constexpr, HARD: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -297,7 +316,7 @@ def tile_slopes(
     """One row's share of the loss and its slopes in one tile of the vocabulary, from the finished sums."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
-    dz, place = slopes + row * padded, state + row
+    dz, place = slopes + row * slope_stride, state + row
     loss = tl.load(losses + row, mask=first_id > 0, other=0.0)
     if label == ignore_index:
         if WRITE:
@@ -307,15 +326,19 @@ def tile_slopes(
         mass, moved, mean = (
             tl.load(place + 2 * num_rows), tl.load(place + 3 * num_rows), tl.load(place + 4 * num_rows)
         )  # fmt: skip
-        rest, found = tl.load(place + 5 * num_rows), tl.load(place + 6 * num_rows)
+        rest, own = tl.load(place + 5 * num_rows), 0.0
+        if HARD:
+            own = tl.load(exact + row)
+            found = tl.load(place + 7 * num_rows)
+            rest = without_shortfall(rest, tl.load(place + 6 * num_rows), own, found)
         known = (not HARD) | ((label >= 0) & (label < vocab))
         scale = tl.where(known, tl.load(unit), float("nan"))
         divergence = last_walk(
             student + row * padded, teacher + row * padded, dz, first_id, width, padded, label, s_top, t_top, mass,
-            moved, rest, found, _slope_sum_of_kl(mass, moved, mean, KIND), scale * soft_weight * inv_tau,
+            moved, rest, own, _slope_sum_of_kl(mass, moved, mean, KIND), scale * soft_weight * inv_tau,
             scale * label_weight, z_loss, inv_tau, weight,
-            f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND, HARD, WRITE, False, BLOCK, STAGES,
+            f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND, HARD, WRITE, False, True, BLOCK, STAGES,
         )  # fmt: skip
-        share = mixed_loss(divergence, soft_weight, label_weight, z_loss, s_top, rest, found, label, vocab, HARD)
+        share = mixed_loss(divergence, soft_weight, label_weight, z_loss, s_top, rest, own, label, vocab, HARD)
         loss += share if first_id == 0 else soft_weight * divergence
     tl.store(losses + row, loss)

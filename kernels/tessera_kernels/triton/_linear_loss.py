@@ -3,7 +3,7 @@ float32, the running sums of both gradients, and their last scaling.
 
     hidden [X, D]          one gradient chunk           logits   float32, `logit_rows` at a time   (HBM, reused)
     +-----------+ rows     +--------------------+       slopes   input dtype, `rows` at a time     (HBM, reused)
-    |           | ----->   | logits -> slopes   | ----> d hidden float32 [X, D], one product for each chunk
+    |           | ----->   | logits -> slopes   | ----> d hidden, one product for each chunk
     +-----------+          +--------------------+       d head   float32 [V, D], a running sum over chunks
          ...                logit_rows, repeated
 
@@ -39,10 +39,17 @@ class LossConfig(NamedTuple):
 
     rows: int = 0  # rows whose slopes are kept for one pair of gradient products
     logit_rows: int = 0  # rows whose float32 logits exist at a time
-    hidden_splits: int = 1  # pieces that the vocabulary is cut into for d hidden, multiplied side by side, then added
+    hidden_splits: int = 0  # pieces that the vocabulary is cut into for d hidden, multiplied side by side, then added
     block: int = 0  # columns of a tile of the row kernel
     num_warps: int = 0
     stages: int = 0  # depth of the row kernel's prefetch; 1 = none
+
+
+MOST_LOGIT_ROWS = 512
+"""Rows of a product with the head from which on reading the head is no longer what takes the time."""
+
+TILE, TILES_AT_ONCE = (128, 256), 132
+"""What a library's product gives one multiprocessor of a Hopper at a time, and how many of those there are."""
 
 
 class Chunks(NamedTuple):
@@ -65,7 +72,7 @@ def plan_chunks(num_rows: int, vocab: int, *, models: int, slope_bytes: int, bud
     """
     units = budget // padded_columns(vocab)
     for quantum in (128, 16, 1):
-        logit_rows = _down(min(units // (8 * models), 256), quantum) or quantum
+        logit_rows = _down(min(units // (8 * models), MOST_LOGIT_ROWS), quantum) or quantum
         room = units - 4 * models * logit_rows
         most = _down(room // slope_bytes, quantum) if slope_bytes else _down(units // (4 * models), quantum)
         if most < logit_rows or room < 0:
@@ -83,16 +90,48 @@ def plan_chunks(num_rows: int, vocab: int, *, models: int, slope_bytes: int, bud
     )
 
 
-def plan_columns(num_rows: int, vocab: int, *, models: int, slope_bytes: int, budget: int) -> int:
-    """Return how many columns of the vocabulary one tile of the no-logits mode has, for all rows at once."""
-    per_column = num_rows * (4 * models + slope_bytes)
-    columns = min(_down(budget // per_column, COLUMN_MULTIPLE), padded_columns(vocab))
-    if columns == 0:
+def plan_columns(num_rows: int, vocab: int, *, models: int, state: int, budget: int) -> int:
+    """Return how many columns of the vocabulary one tile of the no-logits mode has, for all rows at once.
+
+    A column takes 4 bytes a row for each model: slopes take the place of logits. `state` is what a row takes beside them.
+    """
+    per_column = 4 * models * num_rows
+    room = (budget - state * num_rows) // per_column
+    columns = min(_down(room, COLUMN_MULTIPLE if room < COARSE_COLUMNS else 8), padded_columns(vocab))
+    if columns <= 0:
+        least = per_column * COLUMN_MULTIPLE + state * num_rows
         raise KernelError(
-            f"chunk_bytes = {budget}: expected at least {per_column * COLUMN_MULTIPLE}, because a tile has {num_rows} rows "
-            f"and {COLUMN_MULTIPLE} columns; try chunk_bytes={8 * per_column * COLUMN_MULTIPLE}"
+            f"chunk_bytes = {budget}: expected at least {least}, because a tile has {num_rows} rows and {COLUMN_MULTIPLE} "
+            f"columns; try chunk_bytes={8 * least}"
         )
     return columns
+
+
+COARSE_COLUMNS = 512
+"""From so many columns on a tile takes every 8 that fit: a power of two less a little is one row of products less."""
+
+
+def choose_splits(rows: int, width: int, vocab: int) -> int:
+    """Return into how many pieces to cut a product over the whole vocabulary, so that its tiles fill the device."""
+    tiles = -(-rows // TILE[0]) * -(-width // TILE[1])
+
+    def busy(splits: int) -> float:
+        return tiles * splits / _up(tiles * splits, TILES_AT_ONCE)
+
+    splits = [count for count in (1, 2, 3, 4) if vocab % count == 0]
+    return max(splits, key=lambda count: busy(count) - 0.05 * count)
+
+
+def slopes_within(tile_XV: Tensor, dtype: torch.dtype, *, at_end: bool) -> Tensor:
+    """Return where a tile's slopes are written: over its logits, in the half of each row that a walk leaves behind it.
+
+    A walk from the row's end (`at_end`) writes to the second half, one from its beginning to the first.
+    """
+    columns = tile_XV.shape[1]
+    if dtype == torch.float32:
+        return tile_XV
+    halves = tile_XV.view(dtype)
+    return halves[:, columns:] if at_end else halves[:, :columns]
 
 
 def pieces(total: int, size: int) -> Iterator[slice]:
@@ -119,6 +158,11 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
 
 
+def hidden_sum_dtype(hidden_XD: Tensor) -> torch.dtype:
+    """Return the dtype in which d hidden is kept: the input's, but for float16, where what is not divided yet overflows."""
+    return torch.float32 if hidden_XD.dtype == torch.float16 else hidden_XD.dtype
+
+
 class GradientSums:
     """The gradients of hidden states and head as they grow, both times `unit` (see `unit_of`).
 
@@ -134,13 +178,17 @@ class GradientSums:
         for_hidden: bool,
         for_head: bool,
         head_dtype: torch.dtype,
+        tiled: bool,
     ) -> None:
-        self._head_VD, self._vocab = head_VD, vocab
+        self._head_VD, self._vocab, self._dtype = head_VD, vocab, hidden_sum_dtype(hidden_XD)
         self._for_hidden, self._for_head, self._started = for_hidden, for_head, False
+        held = torch.float32 if tiled else self._dtype  # a sum over columns; over rows each part is finished at once
+        self._rows = list(pieces(len(hidden_XD), triton.cdiv(len(hidden_XD), 2 if held != self._dtype else 1)))
+        self._hidden = [
+            torch.empty(part.stop - part.start, hidden_XD.shape[1], dtype=held, device=hidden_XD.device)
+            for part in self._rows * for_hidden
+        ]
         empty = hidden_XD.new_empty(0)
-        self.hidden_XD = (
-            torch.empty(hidden_XD.shape, dtype=torch.float32, device=hidden_XD.device) if for_hidden else empty
-        )
         self.head_VD = torch.empty(head_VD.shape, dtype=head_dtype, device=head_VD.device) if for_head else empty
         if for_head:
             self.head_VD[vocab:].zero_()
@@ -148,7 +196,7 @@ class GradientSums:
     def add_rows(self, slopes_XV: Tensor, hidden_XD: Tensor, rows: slice, splits: int = 1) -> None:
         """Take in the slopes of some rows over the whole vocabulary."""
         if self._for_hidden:
-            _split_product(slopes_XV, self._head_VD[: self._vocab], self.hidden_XD[rows], splits)
+            _split_product(slopes_XV, self._head_VD[: self._vocab], self._hidden[0][rows], splits)
         if self._for_head:
             into = self.head_VD[: self._vocab]
             if self._started:
@@ -159,14 +207,23 @@ class GradientSums:
 
     def add_columns(self, slopes_XV: Tensor, hidden_XD: Tensor, ids: slice) -> None:
         """Take in the slopes of all rows over a part of the vocabulary."""
-        if self._for_hidden:
+        for rows, into in zip(self._rows, self._hidden, strict=False):
             if self._started:
-                add_product(self.hidden_XD, slopes_XV, self._head_VD[ids])
+                add_product(into, slopes_XV[rows], self._head_VD[ids])
             else:
-                product(slopes_XV, self._head_VD[ids], self.hidden_XD)
+                product(slopes_XV[rows], self._head_VD[ids], into)
         if self._for_head:
             product(slopes_XV.T, hidden_XD, self.head_VD[ids])
         self._started = True
+
+    def take_hidden(self) -> Tensor:
+        """Return d hidden and forget it; a sum in another dtype is given back in halves while it is rounded."""
+        if not self._for_hidden:
+            return self.head_VD.new_empty(0, dtype=self._dtype)
+        parts = []
+        while self._hidden:
+            parts.append(self._hidden.pop(0).to(self._dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def unit_of(num_tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -248,9 +305,8 @@ def fake_result(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return empty tensors of what a launcher returns (see `LinearLoss`)."""
     scalar = hidden_XD.new_empty((), dtype=torch.float32)
-    d_hidden, d_head = hidden_XD.new_empty(0), hidden_XD.new_empty(0)
-    if for_hidden:
-        d_hidden = hidden_XD.new_empty(hidden_XD.shape, dtype=torch.float32)
+    d_head = hidden_XD.new_empty(0)
+    d_hidden = hidden_XD.new_empty(hidden_XD.shape if for_hidden else 0, dtype=hidden_sum_dtype(hidden_XD))
     if for_head:
         d_head = head_VD.new_empty(head_VD.shape, dtype=head_dtype)
     return scalar, labels_X.new_empty((), dtype=torch.int32), torch.empty_like(scalar), d_hidden, d_head
@@ -330,7 +386,8 @@ def _split_product(slopes: Tensor, head: Tensor, out: Tensor, splits: int) -> No
     rows, width = out.shape
     a = slopes.as_strided((splits, rows, part), (part, slopes.stride(0), 1))
     b = head.as_strided((splits, part, width), (part * head.stride(0), *head.stride()))
-    torch.sum(torch.bmm(a, b) if a.dtype == out.dtype else torch.bmm(a, b, out_dtype=out.dtype), 0, out=out)
+    parts = torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
+    out.copy_(parts.sum(0))
 
 
 def _down(number: int, multiple: int) -> int:

@@ -12,14 +12,16 @@
     | one program a row: sums, slopes | -> bf16      +-------+-------+      d head of the tile is finished at once
     +---------------------------------+
 
-    HBM        float32 logits of both models and slopes (the input dtype) of one chunk or tile; d hidden float32 [X, D]
+    HBM        float32 logits of both models and slopes (the input dtype) of one chunk; of a tile over the student's
     registers  one tile of both rows; maxima and sums
     shared     what the loop prefetches; the reduction across warps
 
 The row's walks change direction, so that each begins with what L2 still holds. The conventions, and the care for digits
 near convergence (no difference of two logarithms or two probabilities), are those of `tessera_torch.distil.losses`; the
 mixture of JSD and skew takes part in the gradient. "no_logits" is refused for JSD and skew: their slopes need sums that
-need both normalizers, which would be a third time all logits. Reference: `tessera_kernels.reference.linear_distillation`.
+need both normalizers, which would be a third time all logits. A label's logit is a dot product of its own, as in
+`linear_cross_entropy`; in the divergence, what tensor cores cut off both models' logits leaves in their difference what
+it leaves in one of them near 0. Reference: `tessera_kernels.reference.linear_distillation`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -33,6 +35,7 @@ from torch import Tensor
 from tessera_kernels.checks import expect_between, expect_choice, expect_same_device, expect_triton_device
 from tessera_kernels.triton import _divergence_rows as kernels
 from tessera_kernels.triton._divergence_series import DIVERGENCES, coefficients
+from tessera_kernels.triton._label_logits import label_logits
 from tessera_kernels.triton._launch import graph_op, on_device
 from tessera_kernels.triton._linear_loss import (
     GradientSums,
@@ -42,6 +45,7 @@ from tessera_kernels.triton._linear_loss import (
     check_options,
     check_pair,
     check_vocab,
+    choose_splits,
     fake_result,
     head_sum_dtype,
     padded_columns,
@@ -50,12 +54,16 @@ from tessera_kernels.triton._linear_loss import (
     plan_columns,
     product,
     readable,
+    slopes_within,
     unit_of,
 )
 from tessera_shared.errors import KernelError
 
-CHUNK_BYTES = {"chunked": 456 * 2**20, "no_logits": 96 * 2**20}
-"""Bytes for logits and slopes by default: with d hidden in float32 under 500 MiB, a quarter of the best peer's."""
+CHUNK_BYTES = {"chunked": 576 * 2**20, "no_logits": 96 * 2**20}
+"""Bytes for logits, slopes and sums by default: a quarter of the best peer's 2,534 MiB; 128 MiB with d hidden in float32."""
+
+STATE_BYTES = 40
+"""What a row takes beside its tile: label's logit, loss, and the eight sums that pass from tile to tile."""
 
 CONFIGS: tuple[LossConfig, ...] = (
     LossConfig(block=1024, num_warps=4, stages=1),
@@ -68,9 +76,9 @@ CONFIGS: tuple[LossConfig, ...] = (
 """Shapes of the row kernel that the GPU lane runs and the sweep times."""
 
 
-def choose_config(vocab: int) -> LossConfig:
-    """Return the row kernel's shape for a vocabulary. The number of rows plays no part."""
-    block = min(4096, max(16, triton.next_power_of_2(vocab)))
+def choose_config(columns: int) -> LossConfig:
+    """Return the row kernel's shape for rows of so many logits at a time. The number of rows plays no part."""
+    block = min(4096, max(16, triton.next_power_of_2(columns)))
     return LossConfig(block=block, num_warps=max(1, min(16, block // 256)), stages=1)
 
 
@@ -212,35 +220,43 @@ def _run(
     num_tokens = (labels != ignore_index).sum(dtype=torch.int32)
     unit = unit_of(num_tokens, student.dtype)
     summed = head_sum_dtype(student_head, mode, accumulate)
-    sums = GradientSums(student, student_head, vocab, for_hidden=for_hidden, for_head=for_head, head_dtype=summed)
-    cut = LossConfig(*config)
-    shape = cut if cut.block else choose_config(vocab)
+    tiled = mode == "no_logits"
+    sums = GradientSums(
+        student, student_head, vocab, for_hidden=for_hidden, for_head=for_head, head_dtype=summed, tiled=tiled
+    )  # fmt: skip
     inverse, weight, _, label_weight, _ = numbers
-    terms, slopes = coefficients(kind, weight)
-    options = {
-        "KIND": DIVERGENCES.index(kind), "HARD": label_weight > 0.0, "COLD": inverse != 1.0, "BLOCK": shape.block,
-        "STAGES": shape.stages or 1, "num_warps": shape.num_warps,
-    }  # fmt: skip
+    hard, (terms, slopes) = label_weight > 0.0, coefficients(kind, weight)
+    options = {"KIND": DIVERGENCES.index(kind), "HARD": hard, "COLD": inverse != 1.0}
     losses = torch.empty(student.shape[0], dtype=torch.float32, device=student.device)
-    rows = (labels, losses, unit)
-    walk = _in_chunks if mode == "chunked" else _in_tiles
+    walk = _in_tiles if tiled else _in_chunks
     with on_device(student):
+        exact = label_logits(student, student_head[:vocab], labels) if hard else losses
         walk(
-            (student, student_head[:vocab]), (teacher, teacher_head[:vocab]), rows, sums, for_hidden or for_head,
-            (ignore_index, *numbers, *terms, *slopes), chunk_bytes, cut, options,
+            (student, student_head[:vocab]), (teacher, teacher_head[:vocab]), (labels, exact, losses, unit), sums,
+            for_hidden or for_head, (ignore_index, *numbers, *terms, *slopes), chunk_bytes, LossConfig(*config), options,
         )  # fmt: skip
-    return losses.sum(dtype=torch.float64).float(), num_tokens, unit, sums.hidden_XD, sums.head_VD
+    return losses.sum(dtype=torch.float64).float(), num_tokens, unit, sums.take_hidden(), sums.head_VD
+
+
+RowData = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Labels, their logits (anything where no label counts), losses (written), and the gradients' unit."""
+
+
+def _shape(cut: LossConfig, columns: int) -> dict[str, int]:
+    shape = cut if cut.block else choose_config(columns)
+    return {"BLOCK": shape.block, "STAGES": shape.stages or 1, "num_warps": shape.num_warps}
 
 
 def _in_chunks(
-    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], rows_of: tuple[Tensor, Tensor, Tensor],
-    sums: GradientSums, write: bool, numbers: tuple[float, ...], budget: int, cut: LossConfig, options: dict[str, Any],
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], rows_of: RowData, sums: GradientSums, write: bool,
+    numbers: tuple[float, ...], budget: int, cut: LossConfig, options: dict[str, Any],
 ) -> None:  # fmt: skip
-    (hidden, head), (labels, losses, unit) = student, rows_of
-    (num_rows, _), vocab = hidden.shape, head.shape[0]
+    (hidden, head), (labels, exact, losses, unit) = student, rows_of
+    (num_rows, width), vocab = hidden.shape, head.shape[0]
     plan = plan_chunks(num_rows, vocab, models=2, slope_bytes=hidden.element_size() * write, budget=budget)
     rows, logit_rows = cut.rows or plan.rows, cut.logit_rows or plan.logit_rows
-    padded = padded_columns(vocab)
+    splits = cut.hidden_splits or choose_splits(min(rows, num_rows), width, vocab)
+    padded, shape = padded_columns(vocab), _shape(cut, vocab)
     logits = torch.empty(2, min(logit_rows, num_rows), padded, dtype=torch.float32, device=hidden.device)
     slopes = hidden.new_empty(min(rows, num_rows) if write else 1, padded)
     for chunk in pieces(num_rows, rows):
@@ -250,36 +266,35 @@ def _in_chunks(
             product(states[part], head.T, logits[0, :count, :vocab])
             product(teacher[0][place : place + count], teacher[1].T, logits[1, :count, :vocab])
             kernels.row_kernel[(count,)](
-                logits[0], logits[1], slopes[part] if write else slopes, labels[place:], losses[place:], unit, vocab,
-                padded, *numbers, WRITE=write, **options,
+                logits[0], logits[1], slopes[part] if write else slopes, labels[place:], exact[place:], losses[place:], unit,
+                vocab, padded, *numbers, WRITE=write, **shape, **options,
             )  # fmt: skip
         if write:
-            sums.add_rows(slopes[: len(states), :vocab], states, chunk, cut.hidden_splits)
+            sums.add_rows(slopes[: len(states), :vocab], states, chunk, splits)
 
 
 def _in_tiles(
-    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], rows_of: tuple[Tensor, Tensor, Tensor],
-    sums: GradientSums, write: bool, numbers: tuple[float, ...], budget: int, cut: LossConfig, options: dict[str, Any],
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], rows_of: RowData, sums: GradientSums, write: bool,
+    numbers: tuple[float, ...], budget: int, cut: LossConfig, options: dict[str, Any],
 ) -> None:  # fmt: skip
-    del cut
-    (hidden, head), (labels, losses, unit) = student, rows_of
+    (hidden, head), (labels, exact, losses, unit) = student, rows_of
     (num_rows, _), vocab = hidden.shape, head.shape[0]
-    columns = plan_columns(num_rows, vocab, models=2, slope_bytes=hidden.element_size() * write, budget=budget)
+    columns = plan_columns(num_rows, vocab, models=2, state=STATE_BYTES, budget=budget)
+    options = options | _shape(cut, columns)
     logits = torch.empty(2, num_rows, columns, dtype=torch.float32, device=hidden.device)
-    slopes = hidden.new_empty(num_rows if write else 1, columns)
-    state = torch.empty(7, num_rows, dtype=torch.float32, device=hidden.device)
-    inverse = numbers[1]
+    slopes = slopes_within(logits[0], hidden.dtype, at_end=False)
+    state = torch.empty(8, num_rows, dtype=torch.float32, device=hidden.device)
     for ids in pieces(vocab, columns):
         width = _both_logits(student, teacher, logits, ids)
         kernels.tile_sums[(num_rows,)](
-            logits[0], logits[1], labels, state, ids.start, width, columns, num_rows, inverse, **options
+            logits[0], logits[1], labels, state, ids.start, width, columns, num_rows, numbers[1], **options
         )
     last = {name: value for name, value in options.items() if name != "COLD"}
     for ids in pieces(vocab, columns):
         width = _both_logits(student, teacher, logits, ids)
         kernels.tile_slopes[(num_rows,)](
-            logits[0], logits[1], slopes, labels, losses, state, unit, ids.start, width, columns, vocab, num_rows,
-            *numbers, WRITE=write, **last,
+            logits[0], logits[1], slopes, slopes.stride(0), labels, exact, losses, state, unit, ids.start, width, columns,
+            vocab, num_rows, *numbers, WRITE=write, **last,
         )  # fmt: skip
         if write:
             sums.add_columns(slopes[:, :width], hidden, ids)

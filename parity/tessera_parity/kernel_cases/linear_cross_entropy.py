@@ -25,8 +25,9 @@ from tessera_parity.kernel_cases.case import (
 )
 from tessera_parity.loading import Patch
 
-KERNELS = "tessera_kernels/triton/linear_cross_entropy.py"
+KERNELS = "tessera_kernels/triton/_cross_entropy_rows.py"
 SHARED = "tessera_kernels/triton/_linear_loss.py"
+LABELS = "tessera_kernels/triton/_label_logits.py"
 MATH = "tessera_kernels/triton/_row_math.py"
 SMALL_BLOCKS = LossConfig(block=32, num_warps=1, stages=1)
 
@@ -89,8 +90,8 @@ def labels_of(seed: int, rows: int, vocab: int, ignored: float) -> Tensor:
 def budget_of(case: Case, *, models: int, mode: str) -> int:
     """Return the byte budget that gives the case its chunks or tiles."""
     cell: int = 4 * models + getattr(torch, case.dtype).itemsize
-    if mode == "no_logits":
-        return max(1, case.rows) * cell * COLUMN_MULTIPLE * min(case.chunk_rows, 4)
+    if mode == "no_logits":  # and some for what a row takes beside its tile
+        return max(1, case.rows) * (4 * models * COLUMN_MULTIPLE * min(case.chunk_rows, 4) + 64)
     return case.chunk_rows * cell * padded_columns(case.vocab)
 
 
@@ -211,12 +212,16 @@ OP = KernelOp(
         Case(dtype="bfloat16", rows=7, vocab=70, chunk_rows=3, ignored=0.0, config=SMALL_BLOCKS),
         Case(rows=5, vocab=199, mode="no_logits", chunk_rows=1, z_loss=1e-2, config=SMALL_BLOCKS),
         Case(rows=5, vocab=70, softcap=5.0, values="large", ignored=0.5),
+        Case(dtype="bfloat16", rows=5, vocab=199, mode="no_logits", chunk_rows=2, ignored=0.0, config=SMALL_BLOCKS),
     ),
     bugs=(
-        _bug(KERNELS, "rests = rests * tl.exp(top - new_top) + ", "rests = rests + "),  # missing rescale
-        _bug(KERNELS, "tl.where(columns < width, _capped(z, softcap, CAPPED), -float(\"inf\"))", "_capped(z, softcap, CAPPED)"),
-        _bug(KERNELS, "slope *= (1.0 - z / softcap) * (1.0 + z / softcap)", "slope *= 1.0"),
-        _bug(KERNELS, "tl.where(first_id + columns == label, -rest / total, p)", "tl.where(columns == label, -rest / total, p)"),
+        _bug(KERNELS, "rests = rests * fade + e\n", "rests = rests + e\n"),  # missing rescale
+        _bug(KERNELS, "tl.where(columns < width, capped, -float(\"inf\"))", "capped"),
+        _bug(KERNELS, "slope *= _slope_of_cap(z, softcap)", "slope *= 1.0"),
+        _bug(KERNELS, "e = tl.where(first_id + columns == label,", "e = tl.where(columns == label,"),
+        _bug(KERNELS, "raw = tl.load(exact + row)\n        found", "raw = tl.load(exact)\n        found"),
+        _bug(LABELS, "tl.where(known, label, 0) * stride_vx", "tl.where(known, label, 0) * stride_vd"),
+        _bug(SHARED, "halves[:, columns:] if at_end else", "halves[:, :columns] if at_end else"),  # over unread logits
         _bug(KERNELS, "loss + z_loss * normalizer * normalizer", "loss + z_loss * normalizer"),
         _bug(KERNELS, "        tl.store(losses + row, 0.0)\n        if WRITE:\n            write_zeros(dz, padded, BLOCK)\n",
               "        tl.store(losses + row, 0.0)\n"),  # stale slopes of the chunk before
