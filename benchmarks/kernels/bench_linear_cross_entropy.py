@@ -162,14 +162,16 @@ def cuts() -> Iterator[tuple[str, dict[str, object]]]:
             )
     for config in CONFIGS:
         yield str(config), {"config": config}
-    for megabytes in (64, 128, 256):
+    for megabytes in (32, 64, 128, 256):
         yield f"no logits {megabytes} MiB", {"mode": "no_logits", "chunk_bytes": megabytes * 2**20}
 
 
 def parts() -> Iterator[tuple[str, Function, float]]:
     """Yield the pieces that the time is made of: each product of one chunk and the row kernel, with their operations."""
+    from tessera_kernels.triton._cross_entropy_rows import row_kernel
+    from tessera_kernels.triton._label_logits import label_logits
     from tessera_kernels.triton._linear_loss import add_product, padded_columns, product
-    from tessera_kernels.triton.linear_cross_entropy import CONFIGS, _row_kernel
+    from tessera_kernels.triton.linear_cross_entropy import CONFIGS
 
     hidden, head, labels = inputs()
     hidden, head = hidden.detach(), head.detach()
@@ -187,9 +189,11 @@ def parts() -> Iterator[tuple[str, Function, float]]:
         yield f"d head first {count}", partial(product, slopes[:, :VOCAB].T, few, total[torch.float32]), flops
     losses, one = torch.empty(ROWS, device=device()), torch.ones((), device=device())
     product(few, head.T, logits[:, :VOCAB])
+    exact = label_logits(hidden, head, labels)
+    yield "label logits", partial(label_logits, hidden, head, labels), 2.0 * ROWS * WIDTH
     for config in CONFIGS:
         call = partial(
-            _row_kernel[(256,)], logits, slopes, labels, losses, one, VOCAB, padded, -100, 0.0, 0.0, CAPPED=False,
+            row_kernel[(256,)], logits, slopes, labels, exact, losses, one, VOCAB, padded, -100, 0.0, 0.0, CAPPED=False,
             WRITE=True, BLOCK=config.block, STAGES=config.stages, num_warps=config.num_warps,
         )  # fmt: skip
         yield f"row kernel, 256 rows, {config.block}/{config.num_warps}/{config.stages}", call, 256.0 * VOCAB * 6
@@ -212,7 +216,7 @@ def sweeps() -> Iterator[Sweep]:
             calls[name] = partial(ours, *own, **options)
         yield Sweep(
             part=part, key=f"vocabulary {VOCAB}", shape=f"{ROWS} x {WIDTH} x {VOCAB}",
-            current="no logits 64 MiB" if part == "no logits" else "default", candidates=calls,
+            current="no logits 32 MiB" if part == "no logits" else "default", candidates=calls,
             work=(8.0 if part == "no logits" else 6.0) * ROWS * WIDTH * VOCAB, limit="cublas", graph=False,
         )  # fmt: skip
         if is_dry():
