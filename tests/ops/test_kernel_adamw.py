@@ -81,6 +81,7 @@ def test_the_counter_and_the_rate_are_read_and_left_alone() -> None:
     assert not torch.equal(state[0], later[0])
 
 
+@pytest.mark.unfenced
 def test_an_update_inside_a_compiled_function_writes_the_same_bits() -> None:
     ours = _state()
     theirs = [tensor.clone() for tensor in ours]
@@ -94,6 +95,7 @@ def test_an_update_inside_a_compiled_function_writes_the_same_bits() -> None:
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.unfenced
 def test_a_compiler_is_told_of_every_write() -> None:
     param, grad, first, second = _state()
     copy, scalars = torch.empty(70, dtype=torch.bfloat16), _scalars()

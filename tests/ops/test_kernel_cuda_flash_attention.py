@@ -118,6 +118,7 @@ def test_it_is_as_exact_as_the_plain_implementation_on_chosen_configurations() -
             assert float((found - truth).abs().max()) <= limit
 
 
+@pytest.mark.unfenced
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_it_compiles_into_one_graph() -> None:

@@ -72,6 +72,7 @@ def test_an_expanded_gradient_is_read_as_what_it_stands_for() -> None:
 
 
 # torch's own tracer makes an instance of every autograd.Function, which torch deprecates
+@pytest.mark.unfenced
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_and_eager_give_the_same_bits() -> None:
     def both(x: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:

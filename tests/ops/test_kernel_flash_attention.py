@@ -205,6 +205,7 @@ def test_every_configuration_fits_some_head_width_and_the_chosen_ones_fit_theirs
                 assert config.deterministic or not deterministic
 
 
+@pytest.mark.unfenced
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_it_compiles_into_one_graph() -> None:

@@ -125,6 +125,7 @@ def test_no_rows_and_no_inputs():
     assert not kernel.fp8_matmul(a[:, :0], b[:, :0], scale_a, scale_b).any()
 
 
+@pytest.mark.unfenced
 def test_compiles_into_one_graph():
     given_operands = operands()
     compiled = torch.compile(lambda a: kernel.fp8_matmul(a, *given_operands[1:]) * 2, backend="eager", fullgraph=True)

@@ -242,6 +242,7 @@ def test_nan_in_one_row_stays_in_that_row() -> None:
 
 
 # torch's own tracer makes an instance of every autograd.Function, which torch deprecates
+@pytest.mark.unfenced
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_call_gives_what_an_eager_call_gives() -> None:
     hidden, head, labels = inputs()

@@ -177,6 +177,7 @@ def test_splits_fill_the_gpu_and_no_more() -> None:
     assert choose_splits(1, 1, 132, 2) == 1
 
 
+@pytest.mark.unfenced
 def test_compiles_into_one_graph() -> None:
     inputs = given()
     compiled = torch.compile(lambda *x: paged_attention(*x, config=SMALL) * 2, backend="eager", fullgraph=True)

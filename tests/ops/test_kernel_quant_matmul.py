@@ -155,6 +155,7 @@ def test_gradient_of_x_is_the_written_out_weight():
     assert same_bits(x.grad, cotangent @ dequantize(packed, torch.float32))
 
 
+@pytest.mark.unfenced
 def test_compiles_into_one_graph():
     packed = quantize_w4(random(33, 256))
     x = random(3, 256, dtype=torch.bfloat16)

@@ -63,6 +63,7 @@ def test_whoever_needs_the_old_values_is_told(view: bool) -> None:
 
 
 # torch's own tracer makes an instance of every autograd.Function, which torch deprecates
+@pytest.mark.unfenced
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_and_eager_give_the_same_bits() -> None:
     q, k, cos, sin = _inputs()

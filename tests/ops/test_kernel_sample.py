@@ -173,6 +173,7 @@ def test_neighbors_of_a_dtype_are_told_apart(dtype) -> None:
         assert list(dict.fromkeys(drawn(logits))) == expected
 
 
+@pytest.mark.unfenced
 def test_compiles_into_one_graph() -> None:
     logits, uniforms = random(2, 40, seed=8), torch.tensor([0.1, 0.8])
     compiled = torch.compile(lambda x, u: sample(x, u, top_k=5, config=SMALL) + 1, backend="eager", fullgraph=True)

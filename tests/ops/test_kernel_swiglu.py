@@ -75,6 +75,7 @@ def test_no_product_is_made_for_a_frozen_weight() -> None:
 
 
 # torch's own tracer makes an instance of every autograd.Function, which torch deprecates
+@pytest.mark.unfenced
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_and_eager_give_the_same_bits() -> None:
     def layer(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

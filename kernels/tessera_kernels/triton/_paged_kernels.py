@@ -168,11 +168,14 @@ def merge_kernel(
 ):  # fmt: skip
     """out [lanes, WIDTH] = sum over splits of weight * part over sum of weight * total, in the order of the splits.
 
-    SPLITS is `splits` rounded up to a power of two. A split whose total is 0 saw nothing, and its part was never written.
+    SPLITS is `splits` rounded up to a power of two. A split whose total is 0 saw nothing: its part was never written, nor
+    was its maximum where no program came to the row.
     """
     lane = tl.program_id(0).to(tl.int64)
     every = tl.arange(0, SPLITS)
-    top = tl.max(tl.load(tops_ptr + every.to(tl.int64) * lanes + lane, mask=every < splits, other=float("-inf")), 0)
+    places = every.to(tl.int64) * lanes + lane
+    saw = tl.load(totals_ptr + places, mask=every < splits, other=0.0) != 0.0
+    top = tl.max(tl.load(tops_ptr + places, mask=saw, other=float("-inf")), 0)
     base = tl.where(top == float("-inf"), 0.0, top)
     unit_log2 = unit * 1.4426950408889634
     columns = tl.arange(0, PADDED)
@@ -182,7 +185,8 @@ def merge_kernel(
         split = start + tl.arange(0, CHUNK)
         place = split.to(tl.int64) * lanes + lane
         own = tl.load(totals_ptr + place, mask=split < splits, other=0.0)
-        weight = tl.exp2((tl.load(tops_ptr + place, mask=split < splits, other=float("-inf")) - base) * unit_log2)
+        own_top = tl.load(tops_ptr + place, mask=own != 0.0, other=float("-inf"))
+        weight = tl.exp2((own_top - base) * unit_log2)
         seen = (own != 0.0)[:, None] & (columns < WIDTH)[None, :]
         part = tl.load(parts_ptr + place[:, None] * WIDTH + columns[None, :], mask=seen, other=0.0)
         mixed += tl.sum(part * weight[:, None], 0)

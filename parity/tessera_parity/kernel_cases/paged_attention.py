@@ -2,7 +2,8 @@
 
 Sequences share pages of a common prefix. Pages of no sequence and slots past a length hold NaN, table entries past a length the
 least integer: a key that should not be read poisons the answer. A prefill is drawn as [rows, queries] with each row's number of
-queries beside it, and packed on the way into the kernel, so that a row alone must equal the row in its batch, bit for bit.
+queries beside it, and packed on the way into the kernel, with NaN rows of no sequence after the last one, so that a row alone
+must equal the row in its batch, bit for bit.
 """
 
 from collections.abc import Mapping
@@ -37,6 +38,9 @@ KERNELS = "tessera_kernels/triton/_paged_kernels"
 
 SMALL = PagedConfig(16, 16, 4, 2)
 """Lets the interpreter see several tiles and splits at small sizes; for it alone."""
+
+BEYOND = 2
+"""Rows after the last sequence of a prefill."""
 
 PAGES = ("separate", "joint", "heads_first")
 """Two tensors | one [P, 2, Z, K, H] for both | [P, K, Z, H] seen as [P, Z, K, H]."""
@@ -94,6 +98,7 @@ def _cases(gpu: bool) -> SearchStrategy[Case]:
         rows=st.integers(1, 3),
         longest=sizes(tile=16, most=2100 if gpu else 70),
         splits=st.integers(1, 9),
+        queries=st.sampled_from([0, 0, 5]),
         dtype=dtypes(),
         seed=seeds(),
         config=st.none() if gpu else st.just(SMALL),
@@ -174,13 +179,14 @@ def _run(module: ModuleType, case: Case, tensors: Tensors) -> Tensors:
         out = module.paged_attention(q[:, 0], *given, check_pages=True, **options)
         return {"out": out[:, None]}
     counts = tensors["counts"].tolist()
-    packed = lay_out(torch.cat([q[i, :count] for i, count in enumerate(counts)] + [q[:0, 0]]).cpu(), case.layout)
+    beyond = q.new_full((BEYOND, *q.shape[2:]), torch.nan)
+    packed = lay_out(torch.cat([*(q[i, :count] for i, count in enumerate(counts)), beyond]).cpu(), case.layout)
     starts = torch.tensor([0, *counts], device=q.device).cumsum(0).to(torch.int32)
     out = module.paged_prefill(packed.to(q.device), *given, starts, longest_query=case.queries, **options)
     found = out.new_zeros(q.shape)
     for i, count in enumerate(counts):
         found[i, :count] = out[int(starts[i]) : int(starts[i]) + count]
-    return {"out": found}
+    return {"out": found, "beyond": out[-BEYOND:]}
 
 
 def _division(case: Case, q: Tensor) -> dict[str, int | None]:
@@ -247,6 +253,7 @@ OP = KernelOp(
         Case(rows=2, longest=65, values="extreme", split_tiles=1, full=True, layout="sliced", softcap=30.0),
         Case(rows=2, longest=65, values="ties", layout="transposed", group=4),
         Case(rows=3, longest=1, page_size=8, full=True),
+        Case(rows=2, longest=20, queries=5, splits=3, config=SMALL),
         Case(rows=2, longest=0),
         Case(rows=0, longest=9),
     ),
@@ -254,6 +261,7 @@ OP = KernelOp(
         Case(rows=3, longest=70, group=4, full=True, config=SMALL, splits=3, scale=1.0),
         Case(rows=2, longest=70, queries=20, group=3, page_size=32, config=SMALL, full=True, window=21, scale=1.0),
         Case(rows=3, longest=45, page_size=16, config=SMALL, seed=1, split_tiles=1, scale=1.0),
+        Case(rows=2, longest=20, queries=5, splits=3, config=SMALL),
     ),
     bugs=(
         _bug("page = tl.load(table + key // PAGE, mask", "page = tl.load(table + key * 0 + column // PAGE, mask"),  # wrong page
@@ -261,6 +269,8 @@ OP = KernelOp(
         _bug("    inside = (column + n < high)[:, None]\n", "    inside = (column + n <= high)[:, None]\n"),
         _bug("total = total * fade[:, None] + probs", "total = total + probs"),
         _bug("own * weight, 0)", "own, 0)"),  # stale maximum of a split
+        _bug("lanes + lane\n    saw = tl.load(totals_ptr + places, mask=every < splits, other=0.0) != 0.0\n",
+             "lanes + lane\n    saw = every < splits\n"),  # maxima that nobody wrote
         _bug("head = kv_head * GROUP + r % GROUP", "head = kv_head * GROUP"),
         _bug("seen = seen & (ahead > -window)", "seen = seen & (ahead >= -window)"),
         _bug("query = (row + tl.arange(0, BLOCK_M)[:, None]) // GROUP", "query = row + tl.arange(0, BLOCK_M)[:, None]"),
