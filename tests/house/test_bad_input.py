@@ -3,6 +3,7 @@
 Through the console scripts, each in a process of its own, because that is what a person meets: imports, signals, codes.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -14,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tessera_parity.loading import load_half
+from tessera_shared.cli.edge import remembered_interrupts
 from tessera_shared.errors import DataError
 from tessera_shared.half_loading import load_half_module
 from tessera_shared.init import initial_weights
@@ -374,6 +377,32 @@ def test_interrupting_the_very_start_is_one_line_too(command: str, world: Path, 
         done = _run(program, *arguments, cwd=tmp_path, path=world / "impatient")
         assert (done.returncode, len(done.stderr.splitlines())) == (130, 1), done.stderr
         assert done.stderr.startswith("interrupted")
+
+
+def test_an_interrupt_that_python_drops_is_remembered_without_a_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    def collecting(phase: str, info: dict[str, int]) -> None:
+        del info
+        if phase == "start":
+            signal.raise_signal(signal.SIGINT)
+
+    said: list[object] = []
+    before, hook = signal.signal(signal.SIGINT, signal.default_int_handler), sys.unraisablehook
+    sys.unraisablehook = said.append
+    gc.callbacks.append(collecting)
+    try:
+        with remembered_interrupts() as is_interrupted:
+            assert not is_interrupted()
+            gc.collect()
+            assert is_interrupted()
+            assert said == []
+            sys.unraisablehook(SimpleNamespace(exc_type=ValueError))  # others are still told of
+        assert len(said) == 1
+        assert sys.unraisablehook == said.append
+    finally:
+        gc.callbacks.remove(collecting)
+        sys.unraisablehook = hook
+        signal.signal(signal.SIGINT, before)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_parity_run_that_is_interrupted_keeps_its_checks_and_goes_on(tmp_path: Path) -> None:

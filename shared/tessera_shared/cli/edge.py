@@ -38,11 +38,16 @@ def run_commands(app: typer.Typer, arguments: Sequence[str], *, program: str) ->
 def remembered_interrupts() -> Iterator[Callable[[], bool]]:
     """Let Ctrl-C raise KeyboardInterrupt as usual, and yield a function that tells whether it was pressed.
 
-    For the exception may be lost: Python drops it inside a destructor or a weak reference's callback, of which
-    frameworks have many, and an extension module that is being loaded turns it into its ImportError.
+    For the exception may be lost: Python drops it inside a destructor, a weak reference's or the collector's callback, of
+    which frameworks have many, and an extension module that is being loaded turns it into its ImportError. What Python
+    then says of an ignored exception, with a traceback, is not printed: whoever asks acts on the interrupt.
     """
-    before = signal.getsignal(signal.SIGINT)
+    before, complain = signal.getsignal(signal.SIGINT), sys.unraisablehook
     seen: list[int] = []
+
+    def dropped(lost: "sys.UnraisableHookArgs") -> None:
+        if not (seen and lost.exc_type is KeyboardInterrupt):
+            complain(lost)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         seen.append(number)
@@ -53,9 +58,11 @@ def remembered_interrupts() -> Iterator[Callable[[], bool]]:
         yield lambda: False  # only the main thread may say what a signal does; an ignored one stays ignored
         return
     signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = dropped
     try:
         yield lambda: bool(seen)
     finally:
+        sys.unraisablehook = complain
         signal.signal(signal.SIGINT, before)
 
 
