@@ -9,7 +9,7 @@ product of its own (`_label_logits`), and its term is added where it does not hi
 import triton
 import triton.language as tl
 
-from tessera_kernels.triton._row_math import LOWEST, found_logit, label_loss, tanh, without_shortfall, write_zeros
+from tessera_kernels.triton._row_math import LOWEST, exp, found_logit, label_loss, tanh, without_shortfall, write_zeros
 
 
 @triton.jit
@@ -34,8 +34,8 @@ def _sums(
         capped = _capped(raw, softcap, CAPPED)
         z = tl.where(columns < width, capped, -float("inf"))
         new_top = tl.maximum(top, tl.max(z, 0))
-        fade = tl.exp(top - new_top)
-        e = tl.where(first_id + columns == label, 0.0, tl.exp(z - new_top))
+        fade = exp(top - new_top)
+        e = tl.where(first_id + columns == label, 0.0, exp(z - new_top))
         growth = raw * _slope_of_cap(capped, softcap) if CAPPED else raw
         rests = rests * fade + e
         moments = moments * fade + tl.where(e > 0.0, e * growth, 0.0)
@@ -55,19 +55,19 @@ def _write_slopes(
 ):  # fmt: skip
     """Walk a stretch of a row from its end to its beginning and write scale * dz, rounded to the slopes' dtype."""
     _, total = label_loss(top, rest, label_logit)
-    normalizer = top + tl.log(total)
+    share = 2.0 * z_loss * (top + tl.log(total))
+    factor = scale * (1.0 + share) / total
+    own = scale * (share * exp(label_logit - top) - rest) / total
     steps = (padded + BLOCK - 1) // BLOCK
     for step in tl.range(0, steps, num_stages=STAGES):
         columns = (steps - 1 - step) * BLOCK + tl.arange(0, BLOCK)
         is_label = first_id + columns == label
         z = tl.where(columns < width, tl.load(row + columns, mask=columns < padded, other=0.0), 0.0)
         z = tl.where(columns < width, _capped(z, softcap, CAPPED), top)
-        z = tl.where(is_label, label_logit, z)
-        p = tl.exp(z - top) / total
-        slope = tl.where(is_label, -rest / total, p) + 2.0 * z_loss * normalizer * p
+        slope = tl.where(is_label, own, exp(z - top) * factor)
         if CAPPED:
-            slope *= _slope_of_cap(z, softcap)
-        slope = tl.where(columns < width, slope * scale, 0.0)
+            slope *= _slope_of_cap(tl.where(is_label, label_logit, z), softcap)
+        slope = tl.where(columns < width, slope, 0.0)
         if IN_PLACE:
             tl.debug_barrier()  # the slopes of these columns lie over logits of others among them
         tl.store(slopes + columns, slope.to(slopes.dtype.element_ty), mask=columns < padded)

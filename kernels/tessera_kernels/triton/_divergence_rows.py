@@ -18,6 +18,7 @@ import triton.language as tl
 
 from tessera_kernels.triton._row_math import (
     LOWEST,
+    exp,
     expm1,
     found_logit,
     label_loss,
@@ -44,8 +45,8 @@ def _logits(row, columns, width, padded, fill):
 @triton.jit
 def _power_difference(u, v, x):
     """e^v - e^u, given x = v - u."""
-    e = tl.exp(u)
-    return tl.where(tl.abs(x) < SERIES_BELOW, e * expm1(tl.where(tl.abs(x) < SERIES_BELOW, x, 0.0)), tl.exp(v) - e), e
+    e = exp(u)
+    return tl.where(tl.abs(x) < SERIES_BELOW, e * expm1(tl.where(tl.abs(x) < SERIES_BELOW, x, 0.0)), exp(v) - e), e
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def row_sums(
         s = _logits(student, columns, width, padded, LOWEST)
         t = _logits(teacher, columns, width, padded, LOWEST)
         s_new, t_new = tl.maximum(s_top, tl.max(s, 0)), tl.maximum(t_top, tl.max(t, 0))
-        s_fall, t_fall = tl.exp((s_top - s_new) * inv_tau), tl.exp((t_top - t_new) * inv_tau)
+        s_fall, t_fall = exp((s_top - s_new) * inv_tau), exp((t_top - t_new) * inv_tau)
         turn = ((t_top - t_new) - (s_top - s_new)) * inv_tau
         small = tl.abs(turn) < SERIES_BELOW
         change = tl.where(small, s_fall * expm1(tl.where(small, turn, 0.0)), t_fall - s_fall)
@@ -76,7 +77,7 @@ def row_sums(
         if KIND == REVERSE:
             means = s_fall * (means + tl.where(masses == 0.0, 0.0, turn * masses))
         if HARD:
-            cold_fall = tl.exp(s_top - s_new) if COLD else s_fall
+            cold_fall = exp(s_top - s_new) if COLD else s_fall
         u, v = tl.where(inside, (s - s_new) * inv_tau, 0.0), tl.where(inside, (t - t_new) * inv_tau, 0.0)
         x = tl.where(inside, ((t - s) - (t_new - s_new)) * inv_tau, 0.0)
         difference, e = _power_difference(u, v, x)
@@ -85,7 +86,7 @@ def row_sums(
         if KIND == REVERSE:
             means += tl.where(inside, e * x, 0.0)
         if HARD:
-            cold = tl.exp(tl.where(inside, s - s_new, 0.0)) if COLD else e
+            cold = exp(tl.where(inside, s - s_new, 0.0)) if COLD else e
             cold = tl.where((first_id + columns == label) | (columns >= width), 0.0, cold)
             rests = cold_fall * rests + cold
             moments = cold_fall * moments + tl.where(cold > 0.0, cold * s, 0.0)
@@ -104,7 +105,7 @@ def log_ratio_of_sums(mass, moved):
 @triton.jit
 def _log_mixture(r, weight):
     """log(1 - w + w e^r) for |r| away from 0: the larger power is taken out."""
-    e = tl.exp(-tl.abs(r))
+    e = exp(-tl.abs(r))
     return tl.where(r > 0.0, r + tl.log(weight + (1.0 - weight) * e), tl.log(1.0 - weight + weight * e))
 
 
@@ -123,10 +124,10 @@ def _term_and_slope(
         term, slope = p - q - q * r, -q * r
     elif KIND == SKEW:
         ratio = r - _log_mixture(r, weight)
-        term, slope = p * ratio - (1.0 - weight) * (p - q), (weight - 1.0) * q * (tl.exp(ratio) - 1.0)
+        term, slope = p * ratio - (1.0 - weight) * (p - q), (weight - 1.0) * q * (exp(ratio) - 1.0)
     elif KIND == SKEW_REVERSE:
         ratio = -_log_mixture(r, 1.0 - weight)
-        term, slope = q * ratio + (1.0 - weight) * (p - q), q * (ratio - weight * (tl.exp(ratio) - 1.0))
+        term, slope = q * ratio + (1.0 - weight) * (p - q), q * (ratio - weight * (exp(ratio) - 1.0))
     else:
         mixture = _log_mixture(r, weight)
         term, slope = weight * p * (r - mixture) - (1.0 - weight) * q * mixture, (weight - 1.0) * q * mixture
@@ -136,8 +137,8 @@ def _term_and_slope(
 @triton.jit
 def _probabilities(s, t, s_top, t_top, mass, moved, shift, inv_tau):
     """Return teacher p, student q, and r = log p - log q."""
-    p = tl.exp((t - t_top) * inv_tau) / (mass + moved)
-    q = tl.exp((s - s_top) * inv_tau) / mass
+    p = exp((t - t_top) * inv_tau) / (mass + moved)
+    q = exp((s - s_top) * inv_tau) / mass
     return p, q, ((t - s) - (t_top - s_top)) * inv_tau - shift
 
 
@@ -195,7 +196,7 @@ def last_walk(
         if WRITE:
             slope = soft_scale * (slope - q * slope_sum)
             if HARD:
-                hard = tl.exp(s - s_top) / total
+                hard = exp(s - s_top) / total
                 wrong = -rest / total * hard_scale + hard * (hard_factor - hard_scale)
                 slope += tl.where(first_id + columns == label, wrong, hard * hard_factor)
             slope = tl.where(columns < width, slope, 0.0).to(slopes.dtype.element_ty)

@@ -13,6 +13,12 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
+def exp(x):
+    """e^x, and 0 below 1e-38: tl.exp keeps those numbers, and takes twice the instructions for it."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def expm1(x):
     """e^x - 1: nine terms of its series under 0.5 (the tenth is 5e-10 of the sum), else as written; e^88 at most."""
     near = tl.abs(x) < 0.5
@@ -25,7 +31,7 @@ def expm1(x):
     series = 1.0 + y * series * 0.25
     series = 1.0 + y * series * (1.0 / 3.0)
     series = 1.0 + y * series * 0.5
-    return tl.where(near, y * series, tl.exp(tl.where(x > 88.0, 88.0, x)) - 1.0)
+    return tl.where(near, y * series, exp(tl.where(x > 88.0, 88.0, x)) - 1.0)
 
 
 @triton.jit
@@ -40,7 +46,7 @@ def log1p(x):
 @triton.jit
 def tanh(x):
     """Hyperbolic tangent, within a few units of 6e-8 of 1."""
-    return 1.0 - 2.0 / (tl.exp(2.0 * tl.where(x > 20.0, 20.0, x)) + 1.0)
+    return 1.0 - 2.0 / (exp(2.0 * tl.where(x > 20.0, 20.0, x)) + 1.0)
 
 
 @triton.jit
@@ -50,8 +56,8 @@ def label_loss(top, rest, label_logit):
     Near convergence the loss is the small number log(1 + rest): the label's own 1 is never added to it first.
     """
     gap = top - label_logit
-    total = rest + tl.exp(-gap)
-    near = log1p(rest * tl.exp(tl.minimum(gap, 20.0)))
+    total = rest + exp(-gap)
+    near = log1p(rest * exp(tl.minimum(gap, 20.0)))
     return tl.where(gap < 20.0, near, gap + tl.log(total)), total
 
 

@@ -217,7 +217,7 @@ OP = KernelOp(
     bugs=(
         _bug(KERNELS, "rests = rests * fade + e\n", "rests = rests + e\n"),  # missing rescale
         _bug(KERNELS, "tl.where(columns < width, capped, -float(\"inf\"))", "capped"),
-        _bug(KERNELS, "slope *= _slope_of_cap(z, softcap)", "slope *= 1.0"),
+        _bug(KERNELS, "slope *= _slope_of_cap(tl.where(is_label, label_logit, z), softcap)", "slope *= 1.0"),
         _bug(KERNELS, "e = tl.where(first_id + columns == label,", "e = tl.where(columns == label,"),
         _bug(KERNELS, "raw = tl.load(exact + row)\n        found", "raw = tl.load(exact)\n        found"),
         _bug(LABELS, "tl.where(known, label, 0) * stride_vx", "tl.where(known, label, 0) * stride_vd"),
@@ -227,7 +227,7 @@ OP = KernelOp(
               "        tl.store(losses + row, 0.0)\n"),  # stale slopes of the chunk before
         _bug(SHARED, "add_product(into, slopes_XV.T, hidden_XD)", "product(slopes_XV.T, hidden_XD, into)"),
         _bug(SHARED, "            self.head_VD[vocab:].zero_()\n", "            self.head_VD[vocab + 1 :].zero_()\n"),
-        _bug(MATH, "total = rest + tl.exp(-gap)", "total = rest + 1.0"),
+        _bug(MATH, "total = rest + exp(-gap)", "total = rest + 1.0"),
     ),
 )  # fmt: skip
 """The linear cross-entropy's cases."""
