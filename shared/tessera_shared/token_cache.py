@@ -21,7 +21,7 @@ from tessera_shared.errors import FormatError
 from tessera_shared.packing import TokenStream, join_documents
 from tessera_shared.tensor_file import TensorFile, write_tensors
 from tessera_shared.tokens import Tokenizer
-from tessera_shared.user_cache import cache_folder
+from tessera_shared.user_cache import cache_folder, forget_unused, mark_used
 
 _FORMAT_VERSION = 2
 
@@ -42,8 +42,9 @@ def cached_stream(
     """Return the documents as a token stream, from `folder` if it was encoded before, else encoded and kept there.
 
     A file appears whole or not at all. One that is torn, altered or of another version is made anew: it holds nothing
-    that cannot be computed. `say` hears, in one line, that the text is encoded and why, and where nothing can be kept
-    (no folder, no right to write, a full disk), which is no error.
+    that cannot be computed, so what lies in `folder` and was not used for a month goes. `say` hears, in one line, that
+    the text is encoded and why, and where nothing can be kept (no folder, no right to write, a full disk), which is no
+    error.
     """
     path = None if folder is None else folder / f"{_key(documents, tokenizer, end_id)}.safetensors"
     stored, why = (None, "") if path is None else _read(path)
@@ -54,6 +55,7 @@ def cached_stream(
     if path is not None:
         try:
             _write(path, stream)
+            forget_unused(path.parent)
         except OSError as error:
             say(f"{path.parent}: tokens are not kept for the next run ({error.strerror or error})")
     return stream
@@ -75,6 +77,7 @@ def _read(path: Path) -> tuple[TokenStream | None, str]:
         if made_by.tobytes() != _made_by().tobytes():
             return None, f" again: {path} is of {bytes(made_by)[:60].decode(errors='replace')}"
         token_ids_X, starts, checksum = (file.array(name) for name in ("token_ids_X", "starts", "checksum"))
+        mark_used(path)
         is_whole = np.array_equal(checksum, _checksum(token_ids_X, starts, path.stem))
         return (TokenStream(token_ids_X=token_ids_X, starts=starts), "") if is_whole else (None, _damaged(path))
     except (FormatError, KeyError, OSError):

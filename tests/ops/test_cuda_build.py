@@ -1,7 +1,10 @@
 """The documented command that compiles the CUDA kernels, on a machine without a GPU."""
 
+import os
 import re
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,7 @@ SPILLS = (
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for cached in (_compile._folder, _compile._emulator):
+    for cached in (_compile._folder, _compile._emulator, _compile._forget):
         monkeypatch.setattr(_compile, cached.__name__, cached.__wrapped__)
     return tmp_path / "cache" / "tessera" / "cuda"
 
@@ -73,6 +76,21 @@ def test_what_decides_the_code_decides_the_name(cache: Path, tmp_path: Path) -> 
     assert build(Kernel(kernel.file, "tiny", (("FILL", 8),)), "sm_80").path != first.path
     assert build(written(tmp_path, GOOD.replace("= FILL", "= 1 + FILL")), "sm_80").path != first.path
     assert build_emulated(kernel) == build_emulated(kernel)
+
+
+def test_what_nobody_used_for_a_month_goes_when_something_is_compiled(cache: Path, tmp_path: Path) -> None:
+    kernel, month = written(tmp_path, GOOD), time.time() - 40 * 86400
+    kept, gone = (build(replace(kernel, defines=(("FILL", number),)), "sm_80") for number in (1, 2))
+    emulated = build_emulated(kernel)
+    for path in cache.iterdir():
+        os.utime(path, (month, month))
+    assert build(replace(kernel, defines=(("FILL", 1),)), "sm_80").seconds == 0.0
+    assert build_emulated(kernel) == emulated
+    build(replace(kernel, defines=(("FILL", 3),)), "sm_80")
+    assert kept.path.exists()
+    assert emulated.exists()
+    assert not gone.path.exists()
+    assert not gone.path.with_suffix(".json").exists()
 
 
 def test_a_torn_note_about_a_kernel_is_made_anew(cache: Path, tmp_path: Path) -> None:

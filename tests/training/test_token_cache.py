@@ -1,5 +1,7 @@
 """Tokens kept for the next run: the same stream or a new one, never a wrong one, and never a reason to stop."""
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +41,21 @@ def test_a_stream_is_encoded_once_and_is_then_the_same(tmp_path: Path, encoded: 
     assert len(encoded) == 1
     assert said == ["encoding 3 documents"]
     assert not [path for path in (tmp_path / "new" / "cache").iterdir() if path.name.startswith(".")]
+
+
+def test_a_stream_that_nobody_used_for_a_month_goes_when_another_is_kept(tmp_path: Path, encoded: list[int]) -> None:
+    month = time.time() - 40 * 86400
+    for end_id in (0, None):
+        cached_stream(tmp_path, DOCUMENTS, CODEC, end_id=end_id)
+    for path in tmp_path.iterdir():
+        os.utime(path, (month, month))
+    cached_stream(tmp_path, DOCUMENTS, CODEC, end_id=0)
+    cached_stream(tmp_path, DOCUMENTS[:1], CODEC, end_id=0)
+    assert len(encoded) == 3
+    cached_stream(tmp_path, DOCUMENTS, CODEC, end_id=0)
+    assert len(encoded) == 3, "it was used, so it was kept"
+    cached_stream(tmp_path, DOCUMENTS, CODEC, end_id=None)
+    assert len(encoded) == 4
 
 
 @given(

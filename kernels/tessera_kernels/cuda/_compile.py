@@ -1,7 +1,8 @@
 """From a kernel's source to a file that can be loaded: a cubin by NVRTC, or the emulator's library by a C++ compiler.
 
 Both lie in the user's cache, named by the hash of all that decides them: source, headers, defines, target, compiler. A
-file appears whole or not at all; where nothing can be kept they live in a directory that ends with the process.
+file appears whole or not at all, and goes when nobody used it for a month; where nothing can be kept they live in a
+directory that ends with the process.
 """
 
 import atexit
@@ -23,7 +24,7 @@ from typing import Any
 
 from tessera_shared.atomic import replace_file
 from tessera_shared.errors import KernelError, MissingDependency
-from tessera_shared.user_cache import cache_folder
+from tessera_shared.user_cache import cache_folder, forget_unused, mark_used
 
 HERE = Path(__file__).parent
 
@@ -87,6 +88,7 @@ def build(kernel: Kernel, arch: str) -> Built:
     known = _told(path)
     if known is not None:
         return known
+    _forget(path.parent)
     clock = time.perf_counter()
     cubin, log = _compile(nvrtc, kernel, options)
     told = _resources(log)
@@ -102,7 +104,10 @@ def build_emulated(kernel: Kernel) -> Path:
     """
     emulator, defines = _emulator(), _defines(kernel)
     path = _folder() / f"{kernel.entry}-{_key([kernel.path], [emulator.name, *defines])}.so"
-    if not path.exists():
+    if path.exists():
+        mark_used(path)
+    else:
+        _forget(path.parent)
         inputs = ["-O1", *defines, "-shared", f"-I{HERE}", "-xc++", str(kernel.path), "-xnone", str(emulator)]
         _compile_on_host(path, inputs, kernel.title, kernel.file)
     return path
@@ -114,7 +119,9 @@ def _emulator() -> Path:
     version = [_host_compiler()[1], platform.machine()]
     sources = [HERE / "emulator.cpp", *HERE.glob("*.hpp"), *HERE.glob("*.cuh")]
     path = _folder() / f"emulator-{_key(sources, [*EMULATOR_FLAGS, *version])}.o"
-    if not path.exists():
+    if path.exists():
+        mark_used(path)
+    else:
         _compile_on_host(path, ["-O2", "-c", str(HERE / "emulator.cpp")], "the emulator", "emulator.cpp")
     return path
 
@@ -162,6 +169,12 @@ def _folder() -> Path:
     temporary = tempfile.mkdtemp(prefix="tessera-cuda-")
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     return Path(temporary)
+
+
+@functools.cache
+def _forget(folder: Path) -> None:
+    """Once in a process that compiles: remove what nobody used."""
+    forget_unused(folder)
 
 
 def _nvrtc() -> Any:
@@ -238,6 +251,8 @@ def _told(path: Path) -> Built | None:
     """Return what was built before, or None."""
     try:
         told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        for used in (path, path.with_suffix(".json")):
+            mark_used(used)
         return Built(path=path, seconds=0.0, **told) if path.exists() else None
     except (OSError, ValueError, TypeError):
         return None
