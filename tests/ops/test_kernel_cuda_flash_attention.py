@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 
 from tessera_kernels import cuda
+from tessera_kernels.cuda import flash_attention as kernels
 from tessera_kernels.cuda._compile import build
 from tessera_kernels.cuda.flash_attention import (
     BACKWARD_ENTRIES,
@@ -185,6 +186,17 @@ def test_elsewhere_the_backward_is_tritons(
     width: int, softcap: float | None, deterministic: bool, config: CudaConfig
 ) -> None:
     assert not has_backward(width, softcap, deterministic, config)
+
+
+def test_grids_of_very_many_heads_are_grids_that_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA: at most 2^31 - 1 blocks along x, 65,535 along y and z."""
+    grids: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(kernels, "launch", lambda kernel, *, grid, **rest: grids.append(grid))
+    q, k, v = (torch.zeros(1, 1, 65_537, 80, dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    out, _ = flash_attention(q, k, v, config=choose_config(80, 90))
+    torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
+    assert len(grids) == 4
+    assert all(x < 2**31 and max(y, z) <= 65_535 for x, y, z in grids)
 
 
 def test_chosen_configurations_are_in_the_list() -> None:

@@ -154,6 +154,7 @@ def _one(kind: type) -> tuple[str, Callable[[Any], Any], int]:
 def _launch_on_gpu(
     kernel: Kernel, grid: Size, block: Size, shared_bytes: int, addresses: int, device: torch.device
 ) -> None:
+    _enter_context(device)
     driver, function = _function(kernel, device, shared_bytes > SHARED_BYTES_UNASKED)
     stream = torch.cuda.current_stream(device).cuda_stream
     (status,) = driver.cuLaunchKernel(function, *grid, *block, shared_bytes, stream, addresses, 0)
@@ -161,6 +162,30 @@ def _launch_on_gpu(
         raise _driver_error(
             driver, status, f"launch of {kernel.title} ({grid} blocks of {block}, {shared_bytes} bytes)"
         )
+
+
+def _enter_context(device: torch.device) -> None:
+    """Make the context of `device` current where this thread has none.
+
+    Torch leaves that to the runtime's first call in a thread. In a thread of autograd a backward's launch may come before
+    that call, and the driver refuses it as CUDA_ERROR_INVALID_CONTEXT (pytorch/pytorch#124565).
+    """
+    driver = import_module("cuda.bindings.driver")
+    status, current = driver.cuCtxGetCurrent()
+    if not status and not int(current):
+        (status,) = driver.cuCtxSetCurrent(_primary_context(device.index))
+    if status:
+        raise _driver_error(driver, status, f"context of {device}")
+
+
+@functools.cache
+def _primary_context(device: int) -> Any:
+    """Return the context that torch and the runtime use on one GPU; it stays retained."""
+    driver = import_module("cuda.bindings.driver")
+    status, context = driver.cuDevicePrimaryCtxRetain(device)
+    if status:
+        raise _driver_error(driver, status, f"context of cuda:{device}")
+    return context
 
 
 @functools.cache
@@ -271,25 +296,42 @@ def tensor_map(tensor: Tensor, box: tuple[int, int, int, int], *, l2_bytes: int 
     sizes, strides = _expect_mappable(tensor, box)
     if not tensor.is_cuda:
         return _emulated_map(tensor, sizes, strides, box)
+    _enter_context(tensor.device)
     driver = import_module("cuda.bindings.driver")
     promotion = driver.CUtensorMapL2promotion
     near, far = promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B, promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B
-    status, made = driver.cuTensorMapEncodeTiled(
-        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,  # zeros are zeros in float16 as well
+    memory = ctypes.create_string_buffer(256)
+    made = -(-ctypes.addressof(memory) // 128) * 128
+    status = _encode_tiled()(
+        made,
+        int(driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16),  # zeros are zeros in float16 as well
         4,
         tensor.data_ptr(),
-        [driver.cuuint64_t(size) for size in sizes],
-        [driver.cuuint64_t(stride) for stride in strides],
-        [driver.cuuint32_t(size) for size in reversed(box)],
-        [driver.cuuint32_t(1)] * 4,
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        far if l2_bytes == 256 else near,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        (ctypes.c_uint64 * 4)(*sizes),
+        (ctypes.c_uint64 * 3)(*strides),
+        (ctypes.c_uint32 * 4)(*reversed(box)),
+        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+        int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
+        int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B),
+        int(far if l2_bytes == 256 else near),
+        int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
     )
     if status:
-        raise _driver_error(driver, status, f"tensor map of {list(tensor.shape)}, box {list(box)}")
-    return TensorMap(ctypes.string_at(int(made.getPtr()), 128))
+        raise _driver_error(driver, driver.CUresult(status), f"tensor map of {list(tensor.shape)}, box {list(box)}")
+    return TensorMap(ctypes.string_at(made, 128))
+
+
+@functools.cache
+def _encode_tiled() -> Any:
+    """Return the driver's cuTensorMapEncodeTiled.
+
+    It wants a map's address at a multiple of 64, and that of cuda-bindings lies at any multiple of 16.
+    """
+    encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    number, pointer = ctypes.c_uint, ctypes.c_void_p
+    encode.argtypes = (pointer, number, number, *(pointer,) * 5, *(number,) * 4)
+    encode.restype = ctypes.c_int
+    return encode
 
 
 def _expect_mappable(tensor: Tensor, box: tuple[int, int, int, int]) -> tuple[list[int], list[int]]:

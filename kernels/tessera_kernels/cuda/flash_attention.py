@@ -300,7 +300,7 @@ def _run_backward(
     sizes, _ = _problem(q, k, None, queries, longest_key, rule, cfg)
     sizes[5] = heads_at_once(2 * queries * heads // k.shape[2] * width * q.element_size())
     sizes[6] = blocks = -(-queries // BACKWARD_QUERIES)
-    tiles = (blocks, rows * heads, 1)
+    tiles = (rows * heads, blocks, 1)  # the second may not exceed 65,535
     numbers = torch.empty(rows * heads * blocks, 3, BACKWARD_QUERIES, dtype=torch.float32, device=q.device)
     sums = torch.zeros(rows * heads * blocks, BACKWARD_QUERIES, 128, dtype=torch.float32, device=q.device)
     prepare, main, finish = (backward(q.dtype, cfg.overlap, entry) for entry in BACKWARD_ENTRIES)

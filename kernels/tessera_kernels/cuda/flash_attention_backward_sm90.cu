@@ -275,10 +275,10 @@ TESSERA_ENTRY(flash_attention_backward)
 TESSERA_KERNEL(256) gather_rows(
     const TYPE* out, const TYPE* dout, const float* dlse, const float* top, const float* spread, float* rows, int queries,
     int heads, int blocks, int64_t stride_b, int64_t stride_t, int64_t stride_n, int width) {
-    const int which = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int which = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int sequence = which / heads, head = which - sequence * heads;
     for (int inside = warp; inside < QUERIES; inside += 8) {
-        const int query = blockIdx.x * QUERIES + inside;
+        const int query = blockIdx.y * QUERIES + inside;
         float delta = 0.0f;
         if (query < queries) {
             const int64_t place = (static_cast<int64_t>(sequence) * queries + query) * heads + head;
@@ -291,7 +291,7 @@ TESSERA_KERNEL(256) gather_rows(
         if (lane == 0) {
             const int64_t place = static_cast<int64_t>(which) * queries + query;
             const bool there = query < queries;
-            float* to = rows + (static_cast<int64_t>(which) * blocks + blockIdx.x) * ROW_FLOATS + inside;
+            float* to = rows + (static_cast<int64_t>(which) * blocks + blockIdx.y) * ROW_FLOATS + inside;
             to[0] = there ? top[place] : 0.0f;
             to[QUERIES] = there ? spread[place] : infinity();
             to[2 * QUERIES] = there ? delta - (dlse == nullptr ? 0.0f : dlse[place]) : 0.0f;
@@ -302,12 +302,12 @@ TESSERA_ENTRY(gather_rows)
 
 // dQ from the order in which threads hold it to [sequence, query, head, width], scaled and rounded.
 TESSERA_KERNEL(256) finish_queries(const float* dq_sums, TYPE* dq, int queries, int heads, int blocks, int width, float scale) {
-    const int which = blockIdx.y, group = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
+    const int which = blockIdx.x, group = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
     const int sequence = which / heads, head = which - sequence * heads;
-    const float* from = dq_sums + ((static_cast<int64_t>(which) * blocks + blockIdx.x) * 2 + group) * HALF_FLOATS;
+    const float* from = dq_sums + ((static_cast<int64_t>(which) * blocks + blockIdx.y) * 2 + group) * HALF_FLOATS;
 #pragma unroll
     for (int i = 0; i < 32; i += 2) {
-        const int query = blockIdx.x * QUERIES + thread / 32 * 16 + fragment_row(lane, i);
+        const int query = blockIdx.y * QUERIES + thread / 32 * 16 + fragment_row(lane, i);
         const int column = 64 * group + fragment_column(lane, i);
         const float* pair = from + (i / 4 * 128 + thread) * 4 + i % 4;
         if (query < queries && column < width) {
