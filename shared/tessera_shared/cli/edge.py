@@ -1,5 +1,6 @@
 """The edge of a command line: every mistake becomes one line on standard error and an exit code, never a traceback."""
 
+import _thread
 import os
 import signal
 import sys
@@ -14,6 +15,9 @@ from tessera_shared.cli.entry import INTERRUPTED
 from tessera_shared.errors import TesseraError
 
 USAGE, BROKEN_PIPE = 2, 141
+
+AGAIN_SECONDS = 0.05
+"""After which an interrupt that was lost comes again: the callback that lost it is over by then."""
 
 # typer may bring its own copy of click or use the installed one; either way its usage errors descend from this class.
 _UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -38,30 +42,43 @@ def run_commands(app: typer.Typer, arguments: Sequence[str], *, program: str) ->
 def remembered_interrupts() -> Iterator[Callable[[], bool]]:
     """Let Ctrl-C raise KeyboardInterrupt as usual, and yield a function that tells whether it was pressed.
 
-    For the exception may be lost: Python drops it inside a destructor, a weak reference's or the collector's callback, of
-    which frameworks have many, and an extension module that is being loaded turns it into its ImportError. What Python
-    then says of an ignored exception, with a traceback, is not printed: whoever asks acts on the interrupt.
+    For the exception may be lost: an extension module that is being loaded turns it into its ImportError, and Python drops
+    it inside a destructor, a weak reference's or the collector's callback, of which frameworks have many. What Python
+    says of one that it drops, with a traceback, is not printed: the interrupt comes again `AGAIN_SECONDS` later, unless
+    the function was asked in between.
     """
     before, complain = signal.getsignal(signal.SIGINT), sys.unraisablehook
-    seen: list[int] = []
-
-    def dropped(lost: "sys.UnraisableHookArgs") -> None:
-        if not (seen and lost.exc_type is KeyboardInterrupt):
-            complain(lost)
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        if callable(before):
-            before(number, frame)
-
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield lambda: False  # only the main thread may say what a signal does; an ignored one stays ignored
         return
+    seen: list[int] = []
+    settled = threading.Event()  # somebody acts on the interrupt, or it is too late for it
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        before(number, frame)
+
+    def dropped(lost: "sys.UnraisableHookArgs") -> None:
+        if seen and lost.exc_type is KeyboardInterrupt:
+            _thread.start_new_thread(again, ())  # takes no lock that the dropped code may hold
+        else:
+            complain(lost)
+
+    def again() -> None:
+        if not settled.wait(AGAIN_SECONDS):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def is_interrupted() -> bool:
+        if seen:
+            settled.set()
+        return bool(seen)
+
     signal.signal(signal.SIGINT, interrupt)
     sys.unraisablehook = dropped
     try:
-        yield lambda: bool(seen)
+        yield is_interrupted
     finally:
+        settled.set()
         sys.unraisablehook = complain
         signal.signal(signal.SIGINT, before)
 
