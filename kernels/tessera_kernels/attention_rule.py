@@ -25,6 +25,10 @@ CACHE_BYTES = 24 * 2**20
 """Of K and V that the heads running at one time may share; the L2 of an H200 has 60 MB."""
 
 
+FAR = 2**29
+"""A window is not taken to be wider: no sequence is as long, and no sum of it and a position overflows."""
+
+
 class Rule(NamedTuple):
     """The rule of one call. Integers and floats only: it travels through a custom op's schema."""
 
@@ -64,7 +68,9 @@ def rule_of(
         raise KernelError(
             f"window = {window}: expected at least 1, because a query sees itself; try 1, or None for no window"
         )
-    return Rule(scale, 0.0 if softcap is None else float(softcap), 0 if window is None else int(window), causal)
+    return Rule(
+        scale, 0.0 if softcap is None else float(softcap), 0 if window is None else min(int(window), FAR), causal
+    )
 
 
 def expect_groups(heads: int, kv_heads: int) -> None:
@@ -126,9 +132,12 @@ def outer_strides(x: Tensor) -> tuple[int, int, int]:
     return (x.stride(0) if x.ndim == 4 else 0), x.stride(-3), x.stride(-2)
 
 
-def heads_at_once(bytes_a_head: int) -> int:
-    """How many heads may run at one time so that their keys and values stay in the L2 cache."""
-    return max(1, CACHE_BYTES // max(1, bytes_a_head))
+def heads_at_once(bytes_a_head: int, *, group: int = 1, most: int) -> int:
+    """How many heads may run at one time so that the keys and values of each `group` stay in the L2 cache.
+
+    No more than `most`, as many as there are: programs are counted in 32 bits.
+    """
+    return min(most, max(1, CACHE_BYTES // max(1, bytes_a_head)) * group)
 
 
 def describable(*tensors: Tensor) -> bool:

@@ -1,6 +1,8 @@
 """What all tests of kernels share."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,3 +18,17 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     with fenced_memory() as fences:
         yield
     assert fences.broken() == 0
+
+
+@pytest.fixture
+def far_memory(tmp_path: Path) -> Any:
+    """2^32 numbers and a few more of float16, zeros in a sparse file, for tensors that begin where 32 bits end.
+
+    An offset that wraps around reads the zeros before the tensor instead of what lies outside the process.
+    """
+    import torch
+
+    try:
+        return torch.from_file(str(tmp_path / "sparse"), shared=True, size=2**32 + 2**20, dtype=torch.float16)
+    except RuntimeError as error:
+        pytest.skip(f"no sparse file of 8.6 GB here: {error}")

@@ -86,6 +86,15 @@ def test_a_window_hides_what_is_as_far_as_it_is_wide(config: CudaConfig) -> None
 
 
 @BOTH
+@pytest.mark.parametrize("window", [2**31 - 1, 2**40])
+def test_a_window_wider_than_any_sequence_hides_nothing(config: CudaConfig, window: int) -> None:
+    q, k, v = inputs(queries=90, keys=70)
+    for causal in (True, False):
+        plainly, windowed = (flash_attention(q, k, v, causal=causal, window=w, config=config) for w in (None, window))
+        assert all(same_bits(a, b) for a, b in zip(plainly, windowed, strict=True))
+
+
+@BOTH
 def test_packed_sequences_of_one_length_equal_the_batch_bit_for_bit(config: CudaConfig) -> None:
     q, k, v = inputs(rows=3, queries=9, keys=70)
     out, lse = flash_attention(q, k, v, config=config)

@@ -1,6 +1,7 @@
 """Attention as a person meets it: what is masked, packed, strided, refused; the fuzzed comparison is in test_kernel_fuzz."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from tessera_kernels.attention_rule import CACHE_BYTES, Rule, heads_at_once
 from tessera_kernels.reference import flash_attention as reference
+from tessera_kernels.triton import flash_attention as module
 from tessera_kernels.triton.flash_attention import (
     CONFIGS,
     AttentionConfig,
@@ -72,11 +75,15 @@ def test_a_window_hides_what_is_as_far_as_it_is_wide() -> None:
     assert changed_T.nonzero().flatten().tolist() == [5, 6, 7, 8]
 
 
-def test_a_window_wider_than_the_keys_changes_no_bit() -> None:
-    q, k, v = inputs()
+@pytest.mark.parametrize("window", [40, 2**31 - 1, 2**40])
+def test_a_window_wider_than_the_keys_changes_no_bit(window: int) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs())
     for causal in (True, False):
-        plain, windowed = (flash_attention(q, k, v, causal=causal, window=window) for window in (None, 40))
-        assert all(same_bits(a, b) for a, b in zip(plain, windowed, strict=True))
+        answers = []
+        for width in (None, window):
+            outputs = flash_attention(q, k, v, causal=causal, window=width, config=SMALL_SPLIT)
+            answers.append((*outputs, *torch.autograd.grad(outputs, (q, k, v), [torch.ones_like(x) for x in outputs])))
+        assert all(same_bits(a, b) for a, b in zip(*answers, strict=True))
 
 
 def test_packed_sequences_of_one_length_equal_the_batch_bit_for_bit() -> None:
@@ -99,6 +106,28 @@ def test_starts_beyond_the_tensor_read_and_write_nothing_outside() -> None:
     assert bool(torch.isfinite(out).all())
     assert same_bits(out, flash_attention(q[None], k[None], v[None])[0][0])
     assert lse.shape == (2, 20)
+
+
+def test_many_short_sequences_fit_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA takes 65,535 programs in a grid's second dimension; the interpreter takes any number."""
+    grids = []
+
+    class Launched:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(module.backward_kernels, "delta_kernel", Launched())
+    out, row = torch.zeros(9, 2, 16), torch.zeros(2, 9)
+    module._statistics(out, out, None, row, row, torch.zeros(70_001, dtype=torch.int32), 1, Rule(1.0, 0.0, 0))
+    assert grids == [(140_000,)]
+
+
+def test_heads_that_run_at_one_time_fill_the_cache_and_are_no_more_than_there_are() -> None:
+    assert heads_at_once(CACHE_BYTES // 3, most=100) == 3
+    assert heads_at_once(CACHE_BYTES // 3, group=4, most=100) == 12
+    assert heads_at_once(CACHE_BYTES + 1, most=100) == 1
+    assert heads_at_once(1, most=12) == 12
 
 
 def test_no_sequence_at_all_gives_zeros() -> None:

@@ -222,6 +222,12 @@ def test_a_second_backward_raises_instead_of_scaling_twice() -> None:
         torch.autograd.grad(loss, hidden)
 
 
+def test_an_incoming_nan_is_passed_on() -> None:
+    leaves = [x.requires_grad_() for x in inputs()[:2]]
+    loss, _ = fused.linear_cross_entropy(*leaves, inputs()[2], accumulate="head")
+    assert all(x.isnan().all() for x in torch.autograd.grad(loss, leaves, torch.tensor(float("nan"))))
+
+
 def test_a_label_that_is_no_id_makes_loss_and_gradient_nan() -> None:
     hidden, head, labels = inputs()
     for wrong in (V, -1):

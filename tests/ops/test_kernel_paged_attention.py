@@ -98,6 +98,15 @@ def test_a_window_is_the_last_keys() -> None:
     assert not same_bits(paged_attention(*inputs, window=5, config=SMALL)[0], before[0])
 
 
+def test_a_window_wider_than_any_sequence_hides_nothing() -> None:
+    """The first queries stand before all keys, where a position less the widest window would leave 32 bits."""
+    q, (_, keys, values, table, _) = random(20, 4, 16, seed=7), given(rows=1)
+    inputs = q, keys, values, table, torch.tensor([15], dtype=torch.int32), starts_of(20)
+    plain = paged_prefill(*inputs, longest_query=20, config=SMALL)
+    for window in (2**31 - 1, 2**40):
+        assert same_bits(paged_prefill(*inputs, longest_query=20, window=window, config=SMALL), plain)
+
+
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_with_a_split_size_a_row_s_bits_depend_on_nothing_but_the_row(size) -> None:
     q, keys, values, table, lengths = given(rows=5)
@@ -144,6 +153,19 @@ def test_pages_may_lie_as_other_caches_lay_them() -> None:
     assert same_bits(paged_attention(turned, keys, values, table, lengths, config=SMALL), expected)
 
 
+def test_what_lies_further_on_than_32_bits_count_is_found(far_memory: torch.Tensor) -> None:
+    q, table, lengths = random(1, 3, 16, dtype=torch.float16), torch.zeros(1, 1, dtype=torch.int32), torch.tensor([64])
+    for page_size in (3, 64):  # a tile in several pages; in one
+        pages = random(1, page_size, 1, 16, seed=1, dtype=torch.float16)
+        far = far_memory.as_strided(pages.shape, (16, 2**31 // (page_size - 1) + 16, 16, 1), 2**31)
+        far.copy_(pages)
+        answers = (paged_attention(q, x, x, table, lengths.to(torch.int32).clamp(max=page_size)) for x in (pages, far))
+        assert same_bits(*answers)
+    far = far_memory.as_strided(q.shape, (16, 2**30, 1), 2**31)
+    far.copy_(q)
+    assert same_bits(*(paged_attention(x, pages, pages, table, lengths.to(torch.int32)) for x in (q, far)))
+
+
 def test_a_wrong_table_is_named_when_asked_for_and_else_held_inside_the_pages() -> None:
     q, keys, values, table, lengths = given()
     table[2, 1] = 12
@@ -175,6 +197,9 @@ def test_splits_fill_the_gpu_and_no_more() -> None:
     assert 2 <= choose_splits(128, 64, 132, 2) <= 4
     assert 16 <= choose_splits(8, 512, 132, 2) <= 66  # one row of 32 Ki keys
     assert choose_splits(1, 1, 132, 2) == 1
+    known = choose_splits.cache_info().hits
+    choose_splits(1, 1, 132, 2)  # a decode step asks in every layer
+    assert choose_splits.cache_info().hits == known + 1
 
 
 @pytest.mark.unfenced

@@ -25,6 +25,14 @@ def test_the_memory_of_q_and_k_holds_the_answer_bit_for_bit(dtype: torch.dtype) 
         assert torch.equal(argument, right)
 
 
+def test_heads_further_apart_than_32_bits_count_are_found(far_memory: torch.Tensor) -> None:
+    _, k, cos, sin = _inputs(torch.float16)
+    q = torch.randn(2, 3, 3, 8).half()
+    far = far_memory.as_strided(q.shape, (24, 8, 2**30, 1), 2**31)
+    far.copy_(q)
+    assert torch.equal(fused.apply_rope_(far, k.clone(), cos, sin)[0], plain.apply_rope_(q, k, cos, sin)[0])
+
+
 @pytest.mark.parametrize("view", [False, True])
 def test_gradients_are_the_transpose_and_incoming_ones_stay_whole(view: bool) -> None:
     q, k, cos, sin = _inputs()

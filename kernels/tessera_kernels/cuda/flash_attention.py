@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tessera_kernels.attention_rule import (
+    FAR,
     Rule,
     check_dense,
     check_packed,
@@ -38,9 +39,6 @@ from tessera_shared.errors import KernelError
 
 DTYPES = (torch.bfloat16, torch.float16)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-FAR = 2**29
-"""How far a query sees without a window, in positions: no sum of it and a position overflows."""
-
 ENTRY = "flash_attention_forward"
 
 SHARED_BYTES = 227 * 1024
@@ -298,7 +296,8 @@ def _run_backward(
     q, k, v, dout = (x if describable(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v, dout))
     rows, queries, heads, width = q.shape
     sizes, _ = _problem(q, k, None, queries, longest_key, rule, cfg)
-    sizes[5] = heads_at_once(2 * queries * heads // k.shape[2] * width * q.element_size())
+    a_head = 2 * queries * heads // k.shape[2] * width * q.element_size()
+    sizes[5] = heads_at_once(a_head, most=rows * k.shape[2])
     sizes[6] = blocks = -(-queries // BACKWARD_QUERIES)
     tiles = (rows * heads, blocks, 1)  # the second may not exceed 65,535
     numbers = torch.empty(rows * heads * blocks, 3, BACKWARD_QUERIES, dtype=torch.float32, device=q.device)
@@ -330,7 +329,8 @@ def _problem(
     sequences = q.shape[0] if query_starts is None else query_starts.shape[0] - 1
     heads, kv_heads = q.shape[-2], k.shape[-2]
     blocks = -(-longest_query // cfg.block_m)
-    section = heads_at_once(2 * longest_key * k.shape[-1] * k.element_size()) * (heads // kv_heads)
+    a_head = 2 * longest_key * k.shape[-1] * k.element_size()
+    section = heads_at_once(a_head, group=heads // kv_heads, most=sequences * heads)
     reach = rule.window - 1 if rule.window else FAR
     sizes = [sequences, q.shape[-3], k.shape[-3], heads, heads // kv_heads, section, blocks]
     return [*sizes, reach, 0 if rule.causal else reach], blocks * sequences * heads

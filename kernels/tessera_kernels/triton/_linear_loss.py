@@ -251,7 +251,7 @@ def finish(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 @triton.jit
 def _scale(numbers, factor_pointer, count, BLOCK: tl.constexpr):
     factor = tl.load(factor_pointer)
-    if tl.abs(factor - 1.0) > 2.0**-22:  # two roundings of num_tokens * (1 / num_tokens)
+    if not (tl.abs(factor - 1.0) <= 2.0**-22):  # two roundings of num_tokens * (1 / num_tokens), and no NaN
         first = tl.program_id(0).to(tl.int64) * BLOCK
         for start in range(first, count, tl.num_programs(0) * BLOCK):
             places = start + tl.arange(0, BLOCK)

@@ -12,6 +12,7 @@ from tessera_kernels.triton._attention_tiles import key_range, product, span, ta
 
 _NO_SPECIAL = (
     "rows", "num_pages", "table_width", "heads", "kv_heads", "blocks", "splits", "split_tiles", "window", "unit", "inner",
+    "stride_tb",
 )  # fmt: skip
 
 MERGED_AT_ONCE = 16
@@ -75,13 +76,16 @@ def split_kernel(
     rows, num_pages, table_width, heads, kv_heads, blocks, splits, split_tiles, window, unit, inner,
     GROUP: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one key/value head of one sequence, over one split of its keys.
 
     SPLIT: unscaled sums, maximum and total of each row go to out [split, x, n, h], tops and totals [split, x, n]; else the
     answer goes to out [x, n, h].
     """
+    if FAR:  # the last slot of a page, or head of a query, begins further on than 32 bits count
+        stride_qn = tl.cast(stride_qn, tl.int64)
+        stride_kz, stride_vz = tl.cast(stride_kz, tl.int64), tl.cast(stride_vz, tl.int64)
     which = tl.program_id(0)
     kv_head = which % kv_heads  # heads of one token lie side by side, and so run at one time
     which = which // kv_heads
@@ -124,28 +128,29 @@ def split_kernel(
     LATE: tl.constexpr = BLOCK_M * BLOCK_N <= 2048  # few rows: sums over keys are taken once, after the loop
     total = tl.zeros([BLOCK_M, BLOCK_N] if LATE else [BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, PADDED], tl.float32)
-    page = _look_up(table, low, high, PAGE, BLOCK_N)
-    for column in range(low, high, BLOCK_N):
-        page = tl.minimum(tl.maximum(page, 0), num_pages - 1)  # a wrong table must not fault
-        k = _load_keys(k_head, page, column, high, stride_kp, stride_kz, PAGE, WIDTH, PADDED, BLOCK_N)
-        v = _load_keys(v_head, page, column, high, stride_vp, stride_vz, PAGE, WIDTH, PADDED, BLOCK_N)
-        page = _look_up(table, column + BLOCK_N, high, PAGE, BLOCK_N)
-        scores = product(q, tl.trans(k), None, PRECISION)
-        if SOFTCAP:
-            scores = tanh(scores * inner)
-        scores = _hide(
-            scores, row, column, length, past, window, whole_low, whole_high, GROUP, WINDOW, BLOCK_M, BLOCK_N
-        )
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        probs = tl.exp2((scores - base[:, None]) * unit_log2)  # difference first: scores may be near 1e10
-        fade = tl.exp2((top - base) * unit_log2)
-        top = new_top
-        if LATE:  # noqa: SIM108 - the compiler keeps one branch
-            total = total * fade[:, None] + probs
-        else:
-            total = total * fade + tl.sum(probs, 1)
-        mixed = product(probs.to(v.dtype), v, mixed * fade[:, None], PRECISION)
+    if low < high:  # no way around the loop: see `flash_attention_forward._attend`
+        page = _look_up(table, low, high, PAGE, BLOCK_N)
+        for column in range(low, high, BLOCK_N):
+            page = tl.minimum(tl.maximum(page, 0), num_pages - 1)  # a wrong table must not fault
+            k = _load_keys(k_head, page, column, high, stride_kp, stride_kz, PAGE, WIDTH, PADDED, BLOCK_N)
+            v = _load_keys(v_head, page, column, high, stride_vp, stride_vz, PAGE, WIDTH, PADDED, BLOCK_N)
+            page = _look_up(table, column + BLOCK_N, high, PAGE, BLOCK_N)
+            scores = product(q, tl.trans(k), None, PRECISION)
+            if SOFTCAP:
+                scores = tanh(scores * inner)
+            scores = _hide(
+                scores, row, column, length, past, window, whole_low, whole_high, GROUP, WINDOW, BLOCK_M, BLOCK_N
+            )
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            probs = tl.exp2((scores - base[:, None]) * unit_log2)  # difference first: scores may be near 1e10
+            fade = tl.exp2((top - base) * unit_log2)
+            top = new_top
+            if LATE:  # noqa: SIM108 - the compiler keeps one branch
+                total = total * fade[:, None] + probs
+            else:
+                total = total * fade + tl.sum(probs, 1)
+            mixed = product(probs.to(v.dtype), v, mixed * fade[:, None], PRECISION)
     if LATE:
         total = tl.sum(total, 1)
 

@@ -163,7 +163,7 @@ def add_splits_kernel(parts, out, count, SPLITS: tl.constexpr, BLOCK: tl.constex
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(parts + place, mask=place < count, other=0.0)
     for split in tl.static_range(1, SPLITS):
-        total += tl.load(parts + count * split + place, mask=place < count, other=0.0)
+        total += tl.load(parts + (place + split * tl.cast(count, tl.int64)), mask=place < count, other=0.0)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=place < count)
 
 

@@ -212,7 +212,8 @@ def _run_forward(
     shape = _Shape.of(q, k, query_starts)
     heads = q.shape[-2]
     grid = (triton.cdiv(longest_query, cfg.block_m) * shape.sequences * heads,)
-    section = heads_at_once(2 * longest_key * k.shape[-1] * k.element_size()) * shape.group
+    a_head = 2 * longest_key * k.shape[-1] * k.element_size()
+    section = heads_at_once(a_head, group=shape.group, most=shape.sequences * heads)
     with on_device(q), _resources(cfg):
         forward_kernel[grid](
             _describe(q, cfg.block_m, padded, tma), _describe(k, cfg.block_n, padded, tma),
@@ -281,9 +282,10 @@ def _statistics(
         delta.zero_()
     padded = triton.next_power_of_2(width)
     block = max(16, 8192 // padded)
-    backward_kernels.delta_kernel[(triton.cdiv(longest_query, block), sequences * heads)](
+    lanes = sequences * heads  # many short sequences are more than a grid's second dimension holds, 65,535
+    backward_kernels.delta_kernel[(triton.cdiv(longest_query, block) * lanes,)](
         out, dout, delta if dlse is None else dlse, top, spread, base, delta, query_starts,
-        *outer_strides(out), *outer_strides(dout), queries, heads, line, rule.unit,
+        *outer_strides(out), *outer_strides(dout), queries, heads, lanes, line, rule.unit,
         HAS_DLSE=dlse is not None, VARLEN=packed, WIDTH=width, PADDED=padded, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return base, delta
@@ -299,7 +301,8 @@ def _run_keys(
     shape, packed = _Shape.of(q, k, query_starts), query_starts is not None
     heads = k.shape[-2]
     grid = (triton.cdiv(longest_key, cfg.block_n) * shape.sequences * heads,)
-    section = heads_at_once(2 * longest_query * shape.group * q.shape[-1] * q.element_size())
+    a_head = 2 * longest_query * shape.group * q.shape[-1] * q.element_size()
+    section = heads_at_once(a_head, most=shape.sequences * heads)
     with _resources(cfg):
         backward_kernels.key_kernel[grid](
             _describe(q, cfg.block_m, padded, tma), _describe(dout, cfg.block_m, padded, tma),
@@ -326,7 +329,8 @@ def _run_queries(
     shape = _Shape.of(q, k, query_starts)
     heads = q.shape[-2]
     grid = (triton.cdiv(longest_query, cfg.block_m) * shape.sequences * heads,)
-    section = heads_at_once(2 * longest_key * k.shape[-1] * k.element_size()) * shape.group
+    a_head = 2 * longest_key * k.shape[-1] * k.element_size()
+    section = heads_at_once(a_head, group=shape.group, most=shape.sequences * heads)
     with _resources(cfg):
         backward_kernels.query_kernel[grid](
             _describe(q, cfg.block_m, padded, tma), _describe(dout, cfg.block_m, padded, tma),

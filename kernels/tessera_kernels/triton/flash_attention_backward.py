@@ -45,16 +45,16 @@ from tessera_kernels.triton.flash_attention_forward import program_of
 _NO_SPECIAL = ("queries", "keys", "heads", "section", "longest", "window", "unit", "inner", "scale", "rows", "line")
 
 
-@triton.jit(do_not_specialize=("queries", "heads", "line", "unit"))
+@triton.jit(do_not_specialize=("queries", "heads", "lanes", "line", "unit"))
 def delta_kernel(
     out_ptr, dout_ptr, dlse_ptr, top_ptr, spread_ptr, base_ptr, delta_ptr, query_starts,
-    stride_ob, stride_ot, stride_on, stride_db, stride_dt, stride_dn, queries, heads, line, unit,
+    stride_ob, stride_ot, stride_on, stride_db, stride_dt, stride_dn, queries, heads, lanes, line, unit,
     HAS_DLSE: tl.constexpr, VARLEN: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """base and delta of BLOCK queries of one head, in lines of `line` numbers, one for each (row of the batch, head)."""
-    row = tl.program_id(0) * BLOCK
-    sequence = tl.program_id(1) // heads
-    head = (tl.program_id(1) % heads).to(tl.int64)
+    row = tl.program_id(0) // lanes * BLOCK
+    sequence = tl.program_id(0) % lanes // heads
+    head = (tl.program_id(0) % lanes % heads).to(tl.int64)
     first, length = span(query_starts, sequence, queries, VARLEN)
     if row >= length:
         return

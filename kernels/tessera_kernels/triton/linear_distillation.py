@@ -121,8 +121,8 @@ def linear_distillation(
     scale = temperature**2 if temperature_squared else 1.0
     loss, num_tokens = _Loss.apply(
         readable(student_XD), student_head_VD, readable(teacher_XF), teacher_head_VF, labels_X.contiguous(), kind,
-        [1.0 / temperature, weight, (1.0 - label_weight) * scale, label_weight, float(z_loss)], ignore_index, vocab,
-        chunk_bytes or CHUNK_BYTES[mode], mode, accumulate, list(config or ()),
+        [1.0 / temperature, float(weight), (1.0 - label_weight) * scale, float(label_weight), float(z_loss)],
+        ignore_index, vocab, chunk_bytes or CHUNK_BYTES[mode], mode, accumulate, list(config or ()),
     )  # fmt: skip
     return loss, num_tokens
 

@@ -21,6 +21,7 @@ Reference: `tessera_kernels.reference.paged_attention`.
 
 # ruff: noqa: ARG001 - a fake takes what its op takes
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -93,10 +94,10 @@ CONFIGS: tuple[PagedConfig, ...] = (
     PagedConfig(32, 64, 4, 3),
     PagedConfig(32, 32, 4, 2),
     PagedConfig(64, 64, 4, 3),
-    PagedConfig(64, 64, 4, 2),
+    PagedConfig(64, 64, 8, 2),
     PagedConfig(64, 128, 4, 2),
     PagedConfig(128, 64, 8, 3),
-    PagedConfig(128, 64, 8, 2),
+    PagedConfig(128, 32, 8, 3),
     PagedConfig(128, 128, 8, 2),
 )
 """Every configuration that `choose_config` can give, and those that the sweep compares it with."""
@@ -115,21 +116,22 @@ def choose_config(rows: int, width: int, dtype: torch.dtype) -> PagedConfig:
     if rows <= 32:
         return PagedConfig(32, 32, 4, 2) if wide else PagedConfig(32, 64, 4, 3)
     if rows <= 64:
-        return PagedConfig(64, 64, 4, 2) if wide else PagedConfig(64, 64, 4, 3)
-    return PagedConfig(128, 64, 8, 2) if wide else PagedConfig(128, 64, 8, 3)
+        return PagedConfig(64, 64, 8, 2) if wide else PagedConfig(64, 64, 4, 3)
+    return PagedConfig(128, 32, 8, 3) if wide else PagedConfig(128, 64, 8, 3)
 
 
+@functools.cache  # asked at every call, and a search: a millisecond and more where there are few programs
 def choose_splits(programs: int, tiles: int, sms: int, wanted: int) -> int:
     """Return among how many splits to divide up to `tiles` tiles of keys for each of `programs`.
 
     Least time in units of a tile: the busiest of `sms` multiprocessors has so many programs, each as long as its tiles and
     START, and fewer than `wanted` at a time do not draw all of its bandwidth; then the merge reads the parts.
     """
-    most = max(1, min(tiles // LEAST_TILES, MOST_SPLITS, 4 * triton.cdiv(wanted * sms, max(1, programs))))
+    most = max(1, min(tiles // LEAST_TILES, MOST_SPLITS, 4 * -(-wanted * sms // max(1, programs))))
     best, least = 1, math.inf
     for splits in range(1, most + 1):
-        busiest = max(wanted, triton.cdiv(programs * splits, sms))
-        time = busiest * (triton.cdiv(tiles, splits) + START) + (MERGE + splits / 8 if splits > 1 else 0)
+        busiest = max(wanted, -(-programs * splits // sms))
+        time = busiest * (-(-tiles // splits) + START) + (MERGE + splits / 8 if splits > 1 else 0)
         if time < least:
             best, least = splits, time
     return best
@@ -322,8 +324,8 @@ def _launch(
             *v.stride()[:3], table.stride(0), rows, k.shape[0], table_width, heads, kv_heads, blocks, splits, split_tiles,
             rule.window, rule.unit, rule.inner, GROUP=group, PAGE=page_size, WIDTH=width, PADDED=padded,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, VARLEN=starts is not None,
-            WINDOW=rule.window > 0, SOFTCAP=rule.softcap > 0.0, SPLIT=splits > 1, PRECISION=precision(q),
-            num_warps=config.num_warps, num_stages=config.stages,
+            WINDOW=rule.window > 0, SOFTCAP=rule.softcap > 0.0, SPLIT=splits > 1, FAR=_far(q, k, v),
+            PRECISION=precision(q), num_warps=config.num_warps, num_stages=config.stages,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(rows * heads,)](
@@ -331,6 +333,10 @@ def _launch(
                 SPLITS=triton.next_power_of_2(splits), WIDTH=width, PADDED=padded, num_warps=2,
             )  # fmt: skip
     return out
+
+
+def _far(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return any((x.shape[1] - 1) * x.stride(1) >= 2**31 for x in (q, k, v))
 
 
 def _num_splits(

@@ -100,7 +100,11 @@ def _turn_kernel(
     cos_b, cos_t, cos_h, sin_b, sin_t, sin_h,
     N: tl.constexpr, K: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, HALF: tl.constexpr,
     BLOCK_H: tl.constexpr, TOKENS: tl.constexpr, EVEN_TOKENS: tl.constexpr, BACKWARD: tl.constexpr,
+    FAR: tl.constexpr,
 ):  # fmt: skip
+    if FAR:  # heads before positions in memory: the last one begins further on than 32 bits count
+        q_n, k_n = tl.cast(q_n, tl.int64), tl.cast(k_n, tl.int64)
+        qo_n, ko_n = tl.cast(qo_n, tl.int64), tl.cast(ko_n, tl.int64)
     EVEN: tl.constexpr = EVEN_TOKENS and HALF == BLOCK_H
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = token < num_tokens
@@ -246,6 +250,10 @@ def _launch(
             q, k, q_out, k_out, cos, sin, num_tokens, positions,
             *q.stride(), *k.stride(), *q_out.stride(), *k_out.stride(), *cos.stride(), *sin.stride(),
             N=num_q, K=num_k, HEADS_Q=heads_q, HEADS_K=heads_k, HALF=width // 2, BLOCK_H=block, TOKENS=cut.tokens,
-            EVEN_TOKENS=num_tokens % cut.tokens == 0, BACKWARD=backward, num_warps=cut.num_warps,
-            enable_fp_fusion=False,
+            EVEN_TOKENS=num_tokens % cut.tokens == 0, BACKWARD=backward, FAR=_far(q, k, q_out, k_out),
+            num_warps=cut.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def _far(*tensors: Tensor) -> bool:
+    return any((tensor.shape[2] - 1) * tensor.stride(2) >= 2**31 for tensor in tensors)

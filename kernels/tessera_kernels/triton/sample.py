@@ -158,7 +158,7 @@ def _parameter(what: str, value: float | Tensor, most: float, logits: Tensor) ->
     if what == "temperature" and value == math.inf:
         raise KernelError(f"{what} = inf: expected a finite number, because logits are divided by it; try a large one")
     expect_between(what, value, 0, most, "the law has no meaning outside")
-    return None, value
+    return None, float(value)  # an int would be another compilation
 
 
 def _fake(
