@@ -16,25 +16,17 @@ unit row rounds before the gain. Sums are deterministic; a row's result does not
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-# ruff: noqa: ARG001 - a fake takes what its op takes
 
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from tessera_kernels.checks import (
-    expect_dtype,
-    expect_same_device,
-    expect_same_dtype,
-    expect_shape,
-    expect_triton_device,
-)
+from tessera_kernels.checks import expect_triton_device
+from tessera_kernels.norm_rule import AddNorm, Norm, check_norm, fake_backward, fake_forward
 from tessera_kernels.triton import _rms_norm_kernels as kernels
 from tessera_kernels.triton._launch import (
-    FLOATS,
     SHARED_BYTES,
     as_rows,
     expect_prefetch,
@@ -100,7 +92,8 @@ def rms_norm(
     float16, bfloat16 or float32, gain of the same dtype. Rows may be strided; a stride within a row is copied away.
     `KernelError` says what does not fit.
     """
-    _check(x_XD, gain_D)
+    expect_triton_device("x_XD", x_XD)
+    check_norm(x_XD, gain_D)
     if x_XD.numel() == 0:
         return x_XD * gain_D
     forward, backward = (list(part) for part in config or ((), ()))
@@ -118,10 +111,8 @@ def add_rms_norm(
     config: NormConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(x + residual), x + residual) in one pass. Both inputs have one shape and dtype."""
-    _check(x_XD, gain_D)
-    expect_same_device({"x_XD": x_XD, "residual_XD": residual_XD})
-    expect_same_dtype({"x_XD": x_XD, "residual_XD": residual_XD})
-    expect_shape("residual_XD", residual_XD, x_XD.shape, "it is added to x_XD")
+    expect_triton_device("x_XD", x_XD)
+    check_norm(x_XD, gain_D, residual_XD)
     if x_XD.numel() == 0:
         total_XD = x_XD + residual_XD
         return total_XD * gain_D, total_XD
@@ -132,15 +123,7 @@ def add_rms_norm(
     return y_XD.view(x_XD.shape), total_XD.view(x_XD.shape)
 
 
-def _check(x_XD: Tensor, gain_D: Tensor) -> None:
-    expect_triton_device("x_XD", x_XD)
-    expect_dtype("x_XD", x_XD, *FLOATS)
-    expect_same_device({"x_XD": x_XD, "gain_D": gain_D})
-    expect_same_dtype({"x_XD": x_XD, "gain_D": gain_D})
-    expect_shape("gain_D", gain_D, x_XD.shape[-1:], "there is one gain for each column of x_XD")
-
-
-class _Norm(torch.autograd.Function):
+class _Norm(Norm):
     """Autograd's view of `rms_norm`: x [X, D] and gain -> y."""
 
     @staticmethod
@@ -148,19 +131,11 @@ class _Norm(torch.autograd.Function):
         ctx: Any, x: Tensor, gain: Tensor, eps: float, after_cast: bool, forward: list[int], backward: list[int]
     ) -> Tensor:
         y, _, rstd = _run_forward(x, None, gain, eps, after_cast, forward)
-        ctx.save_for_backward(x, gain, rstd)
-        ctx.after_cast, ctx.config = after_cast, backward
+        Norm.keep(ctx, x, gain, rstd, after_cast, backward, _run_backward)
         return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, rstd = ctx.saved_tensors
-        dx, dgain = _run_backward(dy, x, gain, rstd, None, ctx.after_cast, ctx.config)
-        return dx, dgain, None, None, None, None
 
-
-class _AddNorm(torch.autograd.Function):
+class _AddNorm(AddNorm):
     """Autograd's view of `add_rms_norm`: x and residual [X, D] and gain -> y and the sum."""
 
     @staticmethod
@@ -169,30 +144,11 @@ class _AddNorm(torch.autograd.Function):
         forward: list[int], backward: list[int],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         y, total, rstd = _run_forward(x, residual, gain, eps, after_cast, forward)
-        ctx.save_for_backward(total, gain, rstd)
-        ctx.after_cast, ctx.config = after_cast, backward
-        ctx.set_materialize_grads(False)
+        AddNorm.keep(ctx, total, gain, rstd, after_cast, backward, _run_backward)
         return y, total
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return dtotal, dtotal, None, None, None, None, None
-        total, gain, rstd = ctx.saved_tensors
-        dx, dgain = _run_backward(dy, total, gain, rstd, dtotal, ctx.after_cast, ctx.config)
-        return dx, dx, dgain, None, None, None, None
 
-
-def _fake_forward(
-    x: Tensor, residual: Tensor | None, gain: Tensor, eps: float, gain_after_cast: bool, config: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = torch.empty_like(y) if residual is not None else x.new_empty(0)
-    return y, total, x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-@graph_op("rms_norm_forward", fake=_fake_forward)
+@graph_op("rms_norm_forward", fake=fake_forward)
 def _run_forward(
     x: Tensor, residual: Tensor | None, gain: Tensor, eps: float, gain_after_cast: bool, config: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,13 +176,7 @@ def _run_forward(
     return y, total, rstd
 
 
-def _fake_backward(
-    dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, dtotal: Tensor | None, gain_after_cast: bool, config: list[int]
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), gain.new_empty(gain.shape)
-
-
-@graph_op("rms_norm_backward", fake=_fake_backward)
+@graph_op("rms_norm_backward", fake=fake_backward)
 def _run_backward(
     dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, dtotal: Tensor | None, gain_after_cast: bool, config: list[int]
 ) -> tuple[Tensor, Tensor]:
