@@ -22,6 +22,7 @@ BENCHES = ROOT / "benchmarks" / "kernels"
 NAMES = (
     "boxed",
     "doctor",
+    "first_light",
     "harness",
     "prebuild_flashinfer",
     "probes",
@@ -315,3 +316,60 @@ def test_libraries_built_ahead_are_a_wheel_that_flashinfer_finds(scripts: Simple
     ).stdout.split()  # fmt: skip
     assert found[0] == "0.6.3"
     assert (Path(found[1]) / "sampling" / "sampling.so").read_bytes() == b"\x7fELF"
+
+
+def first_light(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHES / "first_light.py"), "--dry", *arguments],
+        capture_output=True, text=True, timeout=200, check=False, cwd=ROOT,
+    )  # fmt: skip
+
+
+def test_first_calls_are_right_in_the_emulator_and_the_interpreter() -> None:
+    done = first_light("one_box", "sample", "--seconds", "150")
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second, verdict = done.stdout.splitlines()
+    assert first.startswith("right  one_box")
+    assert second.startswith("right  sample")
+    assert verdict == "2 of 2 right"
+
+
+def test_a_first_call_that_hangs_costs_itself_alone() -> None:
+    done = first_light("one_box", "--seconds", "0.3")
+    assert done.returncode == 1
+    assert "WRONG  one_box" in done.stdout
+    assert "hung: stopped after 0 s" in done.stdout
+    assert done.stdout.endswith("0 of 1 right; first not: one_box\n")
+
+
+@pytest.mark.parametrize(("share", "code"), [(0.3, 0), (1.1, 1), (float("nan"), 1), (float("inf"), 1)])
+def test_a_first_call_that_errs_by_more_than_is_allowed_is_not_right(
+    scripts: SimpleNamespace,
+    share: float,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(scripts.first_light.STEPS, "odd", lambda: iter([("out", 0.1), ("lse", share)]))
+    assert scripts.first_light.main(["odd", "--inside"]) == code
+    assert capsys.readouterr().out == f"out 0.10, lse {share:.2f}\n"
+
+
+def test_a_kernel_that_is_off_is_off_by_more_than_is_allowed(scripts: SimpleNamespace) -> None:
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    ((_, right),) = scripts.first_light._compare(lambda x: (2 * x,), lambda x: (2 * x,), [x], names="y", length=8)
+    ((_, wrong),) = scripts.first_light._compare(lambda x: (2.1 * x,), lambda x: (2 * x,), [x], names="y", length=8)
+    assert right <= 1.0 < wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"), [(["odd"], 2, "step = 'odd': expected one of compiler, "), ([], 4, "GPU = none")]
+)
+def test_what_first_calls_lack_is_one_line(
+    scripts: SimpleNamespace, arguments: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not arguments and Path("/dev/nvidiactl").exists():
+        pytest.skip("a GPU is here")
+    assert scripts.first_light.main(arguments) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(told)
