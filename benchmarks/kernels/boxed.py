@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 Record = dict[str, Any]
@@ -33,15 +33,20 @@ class Ran:
         return "" if self.code == 0 else f"exit status {self.code}: {lines[-1][:200]}"
 
 
-def run_boxed(command: Sequence[str], *, environment: Mapping[str, str], seconds: float) -> Ran:
-    """Run a command for at most `seconds`, then end it with every process that it started."""
+def run_boxed(
+    command: Sequence[str], *, environment: Mapping[str, str], seconds: float, stopped: Event | None = None
+) -> Ran:
+    """Run a command for at most `seconds`, or until `stopped` is set, then end it with every process that it started."""
     clock = time.monotonic()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, env=dict(environment), stdout=out, stderr=err, start_new_session=True)
         code: int | None = None
         try:
-            with suppress(subprocess.TimeoutExpired):
-                code = process.wait(timeout=max(seconds, 0.0))
+            while (
+                code is None and (left := clock + seconds - time.monotonic()) > 0 and not (stopped and stopped.is_set())
+            ):
+                with suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=min(left, 0.2))
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -86,15 +91,20 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], *, workers: int, box: Box, keep: Callable[[Job, Record], None]) -> list[Job]:
-    """Run jobs in order, `workers` at a time, keep each record at once; return the jobs that were not begun."""
-    lock, left_out = Lock(), []
+    """Run jobs in order, `workers` at a time, keep each record at once; return the jobs that were not begun.
+
+    An interrupt ends those under way, without a record, and begins no other.
+    """
+    lock, left_out, stopped = Lock(), [], Event()
 
     def one(job: Job) -> None:
-        if box.left() < job.least:
+        if stopped.is_set() or box.left() < job.least:
             left_out.append(job)
             return
         seconds = min(job.limit, box.left())
-        ran = run_boxed(job.command, environment=told_until(job.environment, seconds), seconds=seconds)
+        ran = run_boxed(job.command, environment=told_until(job.environment, seconds), seconds=seconds, stopped=stopped)
+        if stopped.is_set():
+            return
         try:
             record = job.read(ran)
         except (ValueError, LookupError, TypeError, OSError) as error:  # half-written output must not end the others
@@ -105,8 +115,12 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, box: Box, keep: Callable[[Job
             _say(job, record)
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for future in [pool.submit(one, job) for job in jobs]:
-            future.result()
+        try:
+            for future in [pool.submit(one, job) for job in jobs]:
+                future.result()
+        except BaseException:
+            stopped.set()  # leaving the pool waits for its threads
+            raise
     return left_out
 
 

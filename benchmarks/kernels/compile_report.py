@@ -78,6 +78,8 @@ def _options() -> argparse.Namespace:
         sys.exit(
             f"arch = {options.arch}: expected one of {', '.join(map(str, LIMITS))}, because their limits are known"
         )
+    if options.sass and options.sass.exists() and not options.sass.is_dir():
+        sys.exit(f"sass = {options.sass}: expected a folder, because each kernel is a file in it; try another name")
     if options.config not in ("", "all") and not options.config.isdigit():
         sys.exit(f"config = {options.config!r}: expected a number or all, because it is a place in CONFIGS")
     return options
@@ -167,4 +169,8 @@ def _say_versions(arch: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

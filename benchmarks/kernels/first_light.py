@@ -4,7 +4,7 @@
 
 Steps go from one instruction group to the next: what the first red one has and the ones before it had not is where to look. Each
 compares with the plain implementation in float64 and in the same dtype, by the rule of the fuzzing (docs/kernels.md, section 2).
-`--dry` takes tiny sizes on a CPU, in the emulator and the interpreter. Exit code: 0 all right, 1 some are not, 2 no such step, 4 no GPU.
+`--dry` takes tiny sizes on a CPU, in the emulator and the interpreter. Exit code: 0 all right, 1 some are not, 2 wrong arguments, 4 no GPU.
 """
 
 import argparse
@@ -38,6 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (options.dry or Path("/dev/nvidiactl").exists()):
         print("GPU = none: expected one, because a kernel's first run is looked at; try --dry", file=sys.stderr)
         return 4
+    for what in ("workers", "seconds"):
+        if not getattr(options, what) > 0:
+            print(
+                f"{what} = {getattr(options, what)}: expected more than 0, because nothing runs otherwise",
+                file=sys.stderr,
+            )
+            return 2
     names = options.step or list(STEPS)
     with ThreadPoolExecutor(options.workers) as pool:
         answers = pool.map(partial(_apart, seconds=options.seconds, dry=options.dry), names)
@@ -328,4 +335,8 @@ STEPS: dict[str, Callable[[], Check]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; nothing is kept", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for steps that may hang; the key ends them too

@@ -283,4 +283,8 @@ def _driver() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; no report was written", file=sys.stderr)
+        sys.exit(130)

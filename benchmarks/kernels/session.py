@@ -10,7 +10,7 @@ the same time; `part:op,op` does these ops alone, again if they are done. `time`
 processes. No op is begun that its box has no time for, one
 under way is stopped when the box ends, and `session.json`, `chosen.json` and `report.md` in --out are written after every op;
 a call that finds an earlier `session.json` (in --out, else in --from) goes on from there. Exit code: 0 all that ran was
-right, 1 something was not, 2 wrong arguments, 4 no GPU. README.md beside this has the order for 30 minutes.
+right, 1 something was not, 2 wrong arguments, 4 no GPU, 130 interrupted. README.md beside this has the order for 30 minutes.
 """
 
 import argparse
@@ -278,4 +278,8 @@ class Runner:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept: the same command goes on from there", file=sys.stderr)
+        sys.exit(130)

@@ -117,6 +117,27 @@ def test_a_box_ends_what_is_under_way_with_all_it_started_and_begins_nothing_lat
     assert not note.exists()
 
 
+def test_an_interrupt_ends_what_is_under_way_and_begins_nothing_more(scripts: SimpleNamespace) -> None:
+    kept: list[str] = []
+
+    def keep(job: SimpleNamespace, record: dict[str, object]) -> None:
+        kept.append(job.name)
+        raise KeyboardInterrupt
+
+    jobs = [
+        job(scripts, "short", "pass"),
+        job(scripts, "long", "import time; time.sleep(60)"),
+        job(scripts, "next", "pass"),
+    ]
+    clock = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        scripts.boxed.run_jobs(jobs[:2] + 40 * jobs[2:], workers=2, box=scripts.boxed.Box(90), keep=keep)
+    assert time.monotonic() - clock < 30
+    assert kept[0] == "short"
+    assert "long" not in kept
+    assert len(kept) < 40
+
+
 def test_unreadable_output_loses_no_other_job(scripts: SimpleNamespace) -> None:
     records: dict[str, dict[str, object]] = {}
     broken = scripts.boxed.Job(

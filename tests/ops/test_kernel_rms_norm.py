@@ -1,15 +1,32 @@
-"""The RMSNorm kernel in Triton's interpreter: behavior and bad input. Numbers over generated cases: `parity run kernels`."""
+"""The RMSNorm kernels of both rooms, interpreted and emulated: behavior and bad input. Numbers: `parity run kernels`."""
+
+import os
+import shutil
+from importlib import import_module
+from types import ModuleType
 
 import pytest
 import torch
 
 from tessera_kernels.reference import rms_norm as plain
-from tessera_kernels.triton import rms_norm as fused
+from tessera_kernels.triton import rms_norm as triton
 from tessera_kernels.triton._launch import expect_prefetch, expect_tile
 from tessera_parity.kernel_budget import kernel_limit
 from tessera_shared.errors import KernelError
 
 pytest.importorskip("triton")
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def fused(request: pytest.FixtureRequest) -> ModuleType:
+    """Each room's kernel in turn; that in CUDA C++ where something can run it."""
+    if request.param == "cuda":
+        pytest.importorskip("cuda.bindings")
+        if shutil.which("c++") is None:
+            pytest.skip("no C++ compiler")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("a GPU is here: make gpu runs the kernels")
+    return import_module(f"tessera_kernels.{request.param}.rms_norm")
 
 
 def _limit(found: torch.Tensor, usual: torch.Tensor, truth: torch.Tensor) -> float:
@@ -18,20 +35,20 @@ def _limit(found: torch.Tensor, usual: torch.Tensor, truth: torch.Tensor) -> flo
     )
 
 
-def test_leading_dimensions_are_kept() -> None:
+def test_leading_dimensions_are_kept(fused: ModuleType) -> None:
     x, gain = torch.randn(2, 3, 24), torch.randn(24)
     found, truth = fused.rms_norm(x, gain, eps=1e-6), plain.rms_norm(x.double(), gain.double(), eps=1e-6)
     assert found.shape == x.shape
     assert float((found - truth).abs().max()) <= _limit(found, plain.rms_norm(x, gain, eps=1e-6), truth)
 
 
-def test_a_row_does_not_depend_on_the_other_rows() -> None:
+def test_a_row_does_not_depend_on_the_other_rows(fused: ModuleType) -> None:
     x, gain = torch.randn(9, 40, dtype=torch.bfloat16), torch.randn(40, dtype=torch.bfloat16)
     whole = fused.rms_norm(x, gain, eps=1e-6)
     assert torch.equal(whole[4:5], fused.rms_norm(x[4:5], gain, eps=1e-6))
 
 
-def test_only_the_sum_flows_back_when_only_the_sum_is_used() -> None:
+def test_only_the_sum_flows_back_when_only_the_sum_is_used(fused: ModuleType) -> None:
     x, residual = (torch.randn(3, 16, requires_grad=True) for _ in range(2))
     gain = torch.randn(16, requires_grad=True)
     _, total = fused.add_rms_norm(x, residual, gain, eps=1e-6)
@@ -42,7 +59,7 @@ def test_only_the_sum_flows_back_when_only_the_sum_is_used() -> None:
     assert found[2] is None
 
 
-def test_an_expanded_gradient_is_read_as_what_it_stands_for() -> None:
+def test_an_expanded_gradient_is_read_as_what_it_stands_for(fused: ModuleType) -> None:
     x, gain = torch.randn(3, 16, requires_grad=True), torch.randn(16)
     found = torch.autograd.grad(fused.rms_norm(x, gain, eps=1e-6).sum(), x)[0]
     dense = torch.autograd.grad(fused.rms_norm(x, gain, eps=1e-6), x, torch.ones(3, 16))[0]
@@ -52,7 +69,7 @@ def test_an_expanded_gradient_is_read_as_what_it_stands_for() -> None:
 # torch's own tracer makes an instance of every autograd.Function, which torch deprecates
 @pytest.mark.unfenced
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiled_and_eager_give_the_same_bits() -> None:
+def test_compiled_and_eager_give_the_same_bits(fused: ModuleType) -> None:
     def both(x: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         y, total = fused.add_rms_norm(x, residual, gain, eps=1e-6, gain_after_cast=True)
         return fused.rms_norm(y + total, gain, eps=1e-6)
@@ -68,7 +85,7 @@ def test_compiled_and_eager_give_the_same_bits() -> None:
         assert torch.equal(eager, graph)
 
 
-def test_nan_stays_in_its_row() -> None:
+def test_nan_stays_in_its_row(fused: ModuleType) -> None:
     x = torch.randn(3, 16)
     x[1, 5] = torch.nan
     y = fused.rms_norm(x, torch.randn(16), eps=1e-6)
@@ -83,32 +100,32 @@ def test_nan_stays_in_its_row() -> None:
         (torch.ones(2, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64), "x_XD.dtype = float64: expected"),
     ],
 )
-def test_what_does_not_fit_is_named(x: torch.Tensor, gain: torch.Tensor, says: str) -> None:
+def test_what_does_not_fit_is_named(fused: ModuleType, x: torch.Tensor, gain: torch.Tensor, says: str) -> None:
     with pytest.raises(KernelError, match=says):
         fused.rms_norm(x, gain, eps=1e-6)
 
 
-def test_a_residual_of_another_shape_is_named() -> None:
+def test_a_residual_of_another_shape_is_named(fused: ModuleType) -> None:
     with pytest.raises(KernelError, match=r"residual_XD.shape = \[2, 4\]: expected \[2, 8\]"):
         fused.add_rms_norm(torch.ones(2, 8), torch.ones(2, 4), torch.ones(8), eps=1e-6)
 
 
 def test_a_tile_too_large_for_the_registers_is_refused() -> None:
-    row = fused.RowConfig(32768, 16, 4, 0, 1)
+    row = triton.RowConfig(32768, 16, 4, 0, 1)
     with pytest.raises(KernelError, match=r"rows x block = 131072 elements"):
-        fused.rms_norm(torch.ones(2, 8192), torch.ones(8192), eps=1e-6, config=fused.NormConfig(row, row))
+        triton.rms_norm(torch.ones(2, 8192), torch.ones(8192), eps=1e-6, config=triton.NormConfig(row, row))
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_chosen_tile_fits_registers_and_shared_memory(itemsize: int) -> None:
     for width in (1, 2, 128, 199, 512, 1024, 4096, 16384, 32768, 65536, 100_003):
-        for cut in fused.choose_config(width, itemsize):
+        for cut in triton.choose_config(width, itemsize):
             tile = cut.rows * min(cut.block, 2 ** (width - 1).bit_length())
             expect_tile("tile", tile, cut.num_warps)
             expect_prefetch(3 * tile * itemsize, cut.stages)
 
 
 def test_more_read_ahead_than_shared_memory_holds_is_refused() -> None:
-    row = fused.RowConfig(16384, 1, 32, 1, 5)
+    row = triton.RowConfig(16384, 1, 32, 1, 5)
     with pytest.raises(KernelError, match=r"stages = 5 with 65536 bytes a tile: expected at most 3"):
-        fused.rms_norm(torch.ones(2, 16384), torch.ones(16384), eps=1e-6, config=fused.NormConfig(row, row))
+        triton.rms_norm(torch.ones(2, 16384), torch.ones(16384), eps=1e-6, config=triton.NormConfig(row, row))
