@@ -14,6 +14,9 @@ R = TypeVar("R")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that the row-wise and elementwise kernels are compiled for; all of them compute in float32."""
 
+SHARED_BYTES = 227 * 1024
+"""Shared memory that a program, or a block, may have on Hopper."""
+
 
 @functools.cache
 def num_sms(device: torch.device) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tessera_kernels.checks import is_interpreting
 from tessera_kernels.cuda._compile import Kernel, build, build_emulated
-from tessera_kernels.launching import num_sms, on_device
+from tessera_kernels.launching import SHARED_BYTES, num_sms, on_device
 from tessera_shared.errors import KernelError, MissingDependency
 
 __all__ = ["Int64", "Kernel", "TensorMap", "expect_cuda_device", "launch", "num_sms", "shared_bytes_of", "tensor_map"]
@@ -69,7 +69,7 @@ def expect_cuda_device(what: str, tensor: Tensor) -> None:
 def shared_bytes_of(device: torch.device) -> int:
     """Return how much shared memory a block may have on `device`; that of Hopper in the emulator."""
     if device.type != "cuda":
-        return 227 * 1024
+        return SHARED_BYTES
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)
 

@@ -31,7 +31,7 @@ from tessera_kernels.attention_rule import (
 )
 from tessera_kernels.checks import expect_choice
 from tessera_kernels.cuda._launch import Int64, Kernel, expect_cuda_device, launch, num_sms, tensor_map
-from tessera_kernels.launching import graph_op
+from tessera_kernels.launching import SHARED_BYTES, graph_op
 from tessera_kernels.triton.flash_attention import Attention, fake_backward, fake_forward
 from tessera_kernels.triton.flash_attention import run_backward as run_triton_backward
 from tessera_kernels.triton.flash_attention_configs import choose_config as choose_backward
@@ -41,8 +41,6 @@ DTYPES = (torch.bfloat16, torch.float16)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 ENTRY = "flash_attention_forward"
 
-SHARED_BYTES = 227 * 1024
-"""Shared memory that a block may have on Hopper."""
 
 BACKWARD_ENTRIES = ("gather_rows", "flash_attention_backward", "finish_queries")
 BACKWARD_QUERIES = 64

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from tessera_kernels.launching import FLOATS as FLOATS
+from tessera_kernels.launching import SHARED_BYTES as SHARED_BYTES
 from tessera_kernels.launching import as_rows as as_rows
 from tessera_kernels.launching import graph_op as graph_op
 from tessera_kernels.launching import num_sms as num_sms
@@ -15,9 +16,6 @@ from tessera_shared.errors import KernelError
 
 WIDEST_TILE = 2**16
 """Elements of the largest tile of one operand: 64 a thread at 32 warps, and no more at fewer."""
-
-SHARED_BYTES = 227 * 1024
-"""Shared memory a program may have on Hopper."""
 
 
 @triton.jit
@@ -42,6 +40,11 @@ def write(pointers, value, mask, MASKED: tl.constexpr):
 def num_programs(blocks: int, programs_per_sm: int, device: torch.device) -> int:
     """Return the grid for `blocks` pieces of work: one program each when `programs_per_sm` is 0, else persistent."""
     return blocks if programs_per_sm == 0 else min(blocks, programs_per_sm * num_sms(device))
+
+
+def is_far(*tensors: torch.Tensor, dim: int) -> bool:
+    """Do the last numbers along `dim` lie further on than 32 bits count? Strides come to a kernel in 32 where they fit."""
+    return any((tensor.shape[dim] - 1) * tensor.stride(dim) >= 2**31 for tensor in tensors)
 
 
 def expect_tile(what: str, elements: int, num_warps: int) -> None:

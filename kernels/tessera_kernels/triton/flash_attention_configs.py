@@ -8,10 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from tessera_kernels.launching import SHARED_BYTES
 from tessera_shared.errors import KernelError
-
-SHARED_BYTES = 227 * 1024
-"""Shared memory that one block may have on sm_90."""
 
 FLOAT32_SCORES = 2048
 """Largest tile of scores in float32, whose products are unrolled multiply-adds: more would spill and compile for minutes."""

@@ -41,14 +41,11 @@ from tessera_kernels.checks import (
     expect_shape,
     expect_triton_device,
 )
-from tessera_kernels.triton._launch import FLOATS, graph_op, num_sms, on_device
+from tessera_kernels.triton._launch import FLOATS, SHARED_BYTES, graph_op, is_far, num_sms, on_device
 from tessera_kernels.triton._paged_kernels import merge_kernel, split_kernel
 from tessera_shared.errors import KernelError
 
 __all__ = ["CONFIGS", "PagedConfig", "choose_config", "choose_splits", "paged_attention", "paged_prefill"]
-
-SHARED_BYTES = 227 * 1024
-"""Shared memory of one multiprocessor that programs may have on sm_90."""
 
 REGISTERS = 65536
 """Registers of one multiprocessor."""
@@ -324,7 +321,7 @@ def _launch(
             *v.stride()[:3], table.stride(0), rows, k.shape[0], table_width, heads, kv_heads, blocks, splits, split_tiles,
             rule.window, rule.unit, rule.inner, GROUP=group, PAGE=page_size, WIDTH=width, PADDED=padded,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, VARLEN=starts is not None,
-            WINDOW=rule.window > 0, SOFTCAP=rule.softcap > 0.0, SPLIT=splits > 1, FAR=_far(q, k, v),
+            WINDOW=rule.window > 0, SOFTCAP=rule.softcap > 0.0, SPLIT=splits > 1, FAR=is_far(q, k, v, dim=1),
             PRECISION=precision(q), num_warps=config.num_warps, num_stages=config.stages,
         )  # fmt: skip
         if splits > 1:
@@ -333,10 +330,6 @@ def _launch(
                 SPLITS=triton.next_power_of_2(splits), WIDTH=width, PADDED=padded, num_warps=2,
             )  # fmt: skip
     return out
-
-
-def _far(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return any((x.shape[1] - 1) * x.stride(1) >= 2**31 for x in (q, k, v))
 
 
 def _num_splits(

@@ -39,7 +39,7 @@ from tessera_kernels.checks import (
     is_interpreting,
 )
 from tessera_kernels.quant_weight import TILE, QuantWeight, quantize_w4, quantize_w8
-from tessera_kernels.triton._launch import FLOATS, as_rows, graph_op, on_device
+from tessera_kernels.triton._launch import FLOATS, SHARED_BYTES, as_rows, graph_op, on_device
 from tessera_kernels.triton._quant_kernels import (
     CHANNEL,
     EARLY,
@@ -133,8 +133,6 @@ FLOAT32_ROWS = 5
 FLOAT32_TILE = 64 * 32
 """Largest tile of y for float32: each thread keeps whole rows of operands."""
 
-SHARED_BYTES = 227 * 1024
-"""Shared memory of one program on Hopper."""
 
 PROGRAMS = 256
 """About two programs for each of 132 multiprocessors."""

@@ -34,7 +34,7 @@ from tessera_kernels.checks import (
     expect_shape,
     expect_triton_device,
 )
-from tessera_kernels.triton._launch import FLOATS, expect_tile, graph_op, on_device, read, write
+from tessera_kernels.triton._launch import FLOATS, expect_tile, graph_op, is_far, on_device, read, write
 from tessera_shared.errors import KernelError
 
 
@@ -250,10 +250,6 @@ def _launch(
             q, k, q_out, k_out, cos, sin, num_tokens, positions,
             *q.stride(), *k.stride(), *q_out.stride(), *k_out.stride(), *cos.stride(), *sin.stride(),
             N=num_q, K=num_k, HEADS_Q=heads_q, HEADS_K=heads_k, HALF=width // 2, BLOCK_H=block, TOKENS=cut.tokens,
-            EVEN_TOKENS=num_tokens % cut.tokens == 0, BACKWARD=backward, FAR=_far(q, k, q_out, k_out),
+            EVEN_TOKENS=num_tokens % cut.tokens == 0, BACKWARD=backward, FAR=is_far(q, k, q_out, k_out, dim=2),
             num_warps=cut.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
-
-
-def _far(*tensors: Tensor) -> bool:
-    return any((tensor.shape[2] - 1) * tensor.stride(2) >= 2**31 for tensor in tensors)
