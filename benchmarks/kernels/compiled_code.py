@@ -26,6 +26,9 @@ FLOAT = ("FFMA", "FADD", "FMUL", "FMNMX", "FSEL", "FSETP", "FFMA2", "FADD2", "FM
 _JUMPS = ("BRA", "BSYNC", "EXIT", "RET", "BRX", "JMP")
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
+_REGISTER_OPERAND = re.compile(r"^R\d+, R(\d+), gdesc")
+_WRITTEN = re.compile(r"^(?:!?U?P\w+, )?R(\d+)\b")
+_WORDS = re.compile(r"\.(64|128|[24])(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Code:
     load: str = "-"  # widest read of global memory: bits of a thread, or TMA
     store: str = "-"
     warnings: tuple[str, ...] = ()
+    overwritten: tuple[str, ...] = ()  # what writes registers that a product under way reads, see `overwriting`
     order: str = ""  # of the main loop, see `order_of`
     size: int = 0  # instructions of the kernel
 
@@ -77,6 +81,7 @@ class Code:
         found = [f"spills {self.spill} bytes"] if self.spill > SPILL_FREE else []
         found += [f"stack of {self.stack} bytes"] if self.stack and not self.spill else []
         found += ["does not fit"] if self.blocks == 0 else []
+        found += [f"operand of a product under way overwritten by {self.overwritten[0]}"] if self.overwritten else []
         return found + ["wgmma serialized" if "C7510" in text else text for text in self.warnings]
 
 
@@ -106,6 +111,7 @@ def read_code(
         load=_widest(instructions, ("LDG", "LDGSTS"), "UTMALDG"),
         store=_widest(instructions, ("STG", "RED", "ATOMG"), "UTMASTG", "UTMAREDG"),
         warnings=tuple(dict.fromkeys(_warnings(log))),
+        overwritten=overwriting(instructions),
         order=order_of(loop),
         size=len(instructions),
     )
@@ -150,6 +156,51 @@ def main_loop(instructions: Sequence[Instruction]) -> list[Instruction]:
     busy = [(frozenset(one.address for one in body), body) for body in loops if _weight(body)[0]]
     inner = [body for places, body in busy if not any(other < places for other, _ in busy)]
     return max(inner or loops, key=_weight, default=[])
+
+
+def overwriting(instructions: Sequence[Instruction]) -> tuple[str, ...]:
+    """Return the instructions that write into a register operand of a wgmma before anything waits for it: a race.
+
+    The PTX ISA calls that undefined (wgmma.mma_async: fragments before wgmma.wait_group), and nothing warns of it. A
+    product's group is the one that the next `gsb0` closes; a wait for N ends all groups but the last N.
+    """
+    places = {one.address: index for index, one in enumerate(instructions)}
+    blocks = _blocks(instructions)
+    of_place = {index: block for block in blocks for index in block}
+    found: dict[str, None] = {}
+    for start, one in enumerate(instructions):
+        held = _REGISTER_OPERAND.match(one.operands) if one.kind in WGMMA else None
+        if held is None:
+            continue
+        registers = range(int(held[1]), int(held[1]) + 4)
+        waiting, seen = [(start, 0)], set()
+        while waiting:
+            index, closed = waiting.pop()
+            block = of_place[index]
+            for place in range(index, block.stop):
+                this = instructions[place]
+                if this.kind in WGMMA:
+                    closed += "gsb0" in this.operands
+                elif this.name.startswith("WARPGROUP.DEPBAR") and int(this.operands.split(",")[-1], 16) < closed:
+                    break
+                elif set(_written_by(this)) & set(registers):
+                    found[f"{this.name} {this.operands} at 0x{this.address:x}"] = None
+                    break
+            else:
+                onward = [(places[a], min(closed, 8)) for a in _next(instructions, block) if a in places]
+                waiting += [state for state in onward if state not in seen]
+                seen.update(onward)
+    return tuple(found)
+
+
+def _written_by(one: Instruction) -> range:
+    """Return the numbers of the registers that an instruction writes."""
+    found = _WRITTEN.match(one.operands)
+    if found is None or (one.operands.startswith(("P", "!P", "U")) and one.kind not in ("SHFL", "ATOMG", "ATOMS")):
+        return range(0)
+    words = _WORDS.search(one.name)
+    count = {"64": 2, "128": 4, "2": 2, "4": 4}[words[1]] if words else 2 if "WIDE" in one.name else 1
+    return range(int(found[1]), int(found[1]) + count)
 
 
 def order_of(body: Sequence[Instruction]) -> str:

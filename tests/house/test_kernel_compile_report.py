@@ -134,7 +134,52 @@ def test_what_nobody_wants_is_said(code: ModuleType) -> None:
     assert code.Code(**good | {"spill": 8, "stack": 8}).problems == ["spills 8 bytes"]
     assert code.Code(**good | {"stack": 8}).problems == ["stack of 8 bytes"]
     assert code.Code(**good | {"blocks": 0}).problems == ["does not fit"]
+    assert code.Code(**good, overwritten=("MOV R1, R2",)).problems == [
+        "operand of a product under way overwritten by MOV R1, R2"
+    ]
     assert code.Code(**good, warnings=("C7510: potential loss",)).problems == ["wgmma serialized"]
+
+
+# A loop whose product reads R180 to R183; what stands in the two places decides whether anything writes there too early.
+RACE = """
+        /*0000*/                   WARPGROUP.ARRIVE ;
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R88, R180, gdesc[UR4].tnspB, R88, gsb0 ;
+        /*0020*/                   {before} ;
+        /*0030*/               @P0 BRA 0x60 ;
+        /*0040*/                   WARPGROUP.DEPBAR.LE gsb0, {pending} ;
+        /*0050*/                   EXIT ;
+        /*0060*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, {pending} ;
+        /*0080*/                   {after} ;
+        /*0090*/                   BRA 0x0 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "pending", "after", "where"),
+    [
+        ("F2FP.BF16.F32.PACK_AB R184, R8, R180", "0x0", "F2FP.BF16.F32.PACK_AB R181, R8, R9", None),
+        ("F2FP.BF16.F32.PACK_AB R181, R8, R9", "0x0", "NOP", "0x20"),
+        ("LDS.128 R176, [R4]", "0x0", "LDS.64 R184, [R4]", None),
+        ("LDS.128 R177, [R4]", "0x0", "NOP", "0x20"),
+        ("ISETP.GE.AND P0, PT, R180, R4, PT", "0x0", "STG.E [R180], R181", None),
+        ("SHFL.BFLY PT, R182, R4, 0x1, 0x1f", "0x0", "NOP", "0x20"),
+        ("NOP", "0x1", "IMAD.WIDE R182, R4, R5, R6", None),  # the second group may be under way, the first may not
+        ("NOP", "0x2", "IMAD.WIDE R182, R4, R5, R6", "0x80"),
+    ],
+)
+def test_a_register_operand_of_a_product_under_way_is_left_alone(
+    code: ModuleType, before: str, pending: str, after: str, where: str | None
+) -> None:
+    found = code.overwriting(list(code.disassemble(RACE.format(before=before, pending=pending, after=after))))
+    assert [text.rsplit(" ", 1)[-1] for text in found] == ([where] if where else [])
+
+
+@needs_assembler
+def test_attention_that_issues_ahead_leaves_operands_alone() -> None:
+    done = report("--only", "flash_attention", "--kernel", "forward", "--shape", "S1024", "--check")
+    assert "AHEAD" in done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_assembler

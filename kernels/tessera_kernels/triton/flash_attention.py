@@ -221,7 +221,8 @@ def _run_forward(
             *outer_strides(q), *outer_strides(k), *outer_strides(v), *outer_strides(out),
             shape.sequences, shape.queries, shape.keys, heads, section, longest_query, rule.window, rule.unit, rule.inner,
             GROUP=shape.group, VARLEN=packed, WIDTH=q.shape[-1], PADDED=padded, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
-            STAGES=cfg.stages, TMA=tma, AHEAD=bool(cfg.ahead), PRECISION=precision(q), **rule.flags,
+            STAGES=cfg.stages, TMA=tma, AHEAD=bool(cfg.ahead), WGMMA=not is_interpreting(),
+            PRECISION=precision(q), **rule.flags,
             num_warps=cfg.num_warps, num_stages=cfg.stages,
         )  # fmt: skip
     return out, lse, top, spread
