@@ -110,14 +110,15 @@ def _bits_of(numbers, dtype: tl.constexpr):
 
 @triton.jit
 def _numbers_of(bits, zero, dtype: tl.constexpr, WGMMA: tl.constexpr):
-    """Return the numbers of these bits; for wgmma in registers of their own.
+    """Return the numbers of these bits; for wgmma in registers of their own, written after the wait before this.
 
-    A product under way goes on reading its registers, and the compiler writes the next tile's bits over this one's before
-    it waits for the product (seen on an H200: some rows in a thousand wrong). `zero` is one that it cannot know.
+    A product under way goes on reading its registers. As a number that passes from turn to turn of the loop, the next tile's
+    bits are written over this one's before anything waits: the PTX ISA leaves that undefined, and on an H200 some rows in a
+    thousand came out wrong. `zero` is one that the compiler does not know to be 0; impure, the copy stays where it is.
     """
     if WGMMA and bits.dtype == tl.int16:
         bits = tl.inline_asm_elementwise(
-            "xor.b32 $0, $1, $2;", "=r,r,r", [bits, zero.to(tl.int16)], dtype=tl.int16, is_pure=True, pack=2
+            "xor.b32 $0, $1, $2;", "=r,r,r", [bits, zero.to(tl.int16)], dtype=tl.int16, is_pure=False, pack=2
         )
     return bits.to(dtype, bitcast=True)
 
