@@ -21,6 +21,7 @@ from tessera_shared.objectives import AdamWOptions, DistilOptions, Divergence, O
 from tessera_shared.presets import preset
 from tessera_shared.schedule import Schedule
 from tessera_shared.spec import ModelSpec
+from tessera_torch import kernels
 from tessera_torch.fast import loop as fast_loop
 from tessera_torch.kernels import choose, reference_ops
 from tessera_torch.model.module import TesseraModel
@@ -63,11 +64,11 @@ def test_auto_never_raises_and_says_what_it_took_and_why(device, numerics, spec,
 
 @pytest.mark.usefixtures("_no_interpreter")
 def test_a_kernel_asked_for_where_none_can_run_is_a_missing_dependency() -> None:
-    for kernels in ("triton", "cuda"):
+    for asked in ("triton", "cuda"):
         with pytest.raises(
             MissingDependency, match=r"device = 'cpu': expected cuda, because .*; try kernels='reference'"
         ):
-            choose(kernels, device="cpu", numerics=BFLOAT16, spec=SPEC)
+            choose(asked, device="cpu", numerics=BFLOAT16, spec=SPEC)
 
 
 @pytest.mark.parametrize(
@@ -115,14 +116,35 @@ def test_cuda_takes_its_own_kernels_and_tritons_for_the_rest(monkeypatch) -> Non
         choose("cuda", device="cpu", numerics=FLOAT32, spec=SPEC)
 
 
+@pytest.mark.parametrize(
+    ("capability", "numerics", "room", "says"),
+    [
+        ((9, 0), BFLOAT16, "cuda", "; CUDA C++ for flash_attention, because that is faster on a Hopper GPU"),
+        ((9, 0), FLOAT32, "triton", "; without CUDA C++ for flash_attention, because dtype = float32"),
+        ((8, 0), BFLOAT16, "triton", "because cuda and bfloat16 suit it"),
+    ],
+)
+def test_auto_takes_what_was_measured_to_be_faster_there(capability, numerics, room, says, monkeypatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
+    choice = choose("auto", device="cuda", numerics=numerics, spec=SPEC)
+    assert choice.why.startswith("kernels: auto took triton, because cuda and ")
+    assert says in choice.why
+    assert "\n" not in choice.why
+    found = {name: getattr(choice.ops, name).__module__.split(".")[1] for name in ("flash_attention", "swiglu")}
+    assert found == {"flash_attention": room, "swiglu": "triton"}
+
+
 def test_an_unknown_choice_and_kernels_for_jax_are_refused() -> None:
     with pytest.raises(KernelError, match="kernels = 'fast': expected one of auto, triton, cuda, reference"):
         check_kernels("fast", backend="torch")
-    for kernels in ("triton", "cuda"):
+    for asked in ("triton", "cuda"):
         with pytest.raises(KernelError, match="backend jax: expected auto or reference"):
-            check_kernels(kernels, backend="jax")
-    for kernels in KERNELS:
-        check_kernels(kernels, backend="torch")
+            check_kernels(asked, backend="jax")
+    for asked in KERNELS:
+        check_kernels(asked, backend="torch")
 
 
 @pytest.mark.usefixtures("_no_interpreter")

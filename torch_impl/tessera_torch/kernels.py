@@ -5,7 +5,7 @@
 not; a choice that was asked for by name and cannot run raises.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -21,6 +21,10 @@ from tessera_shared.objectives import Divergence, Objective
 from tessera_shared.spec import ModelSpec
 
 WIDEST_HEAD = 256
+
+HOPPER = (9, 0)
+FASTER_IN_CUDA = ("flash_attention",)
+"""Operations whose CUDA C++ kernels an H200 ran faster than the Triton ones (docs/kernels.md, section 4): what `auto` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +88,24 @@ def choose(
     if kernels == "auto":
         if obstacle is not None:
             return Choice(ops=None, why=f"kernels: auto took reference (plain torch), because {_reason(obstacle)}")
-        return Choice(
-            ops=triton_ops(), why=f"kernels: auto took triton, because {device} and {numerics.compute} suit it"
-        )
+        return _fastest(device, numerics)
     if obstacle is not None:
         raise obstacle
     return Choice(ops=cuda_ops() if kernels == "cuda" else triton_ops(), why=f"kernels: {kernels}, as asked")
+
+
+def _fastest(device: str, numerics: Numerics) -> Choice:
+    """Return what `auto` takes where kernels can run: Triton's, and CUDA C++ where that was measured to be faster."""
+    suits = f"because {device} and {numerics.compute} suit it"
+    if not device.startswith("cuda") or torch.cuda.get_device_capability(device) != HOPPER:
+        return Choice(ops=triton_ops(), why=f"kernels: auto took triton, {suits}")
+    obstacle = next(_cuda_obstacles(device, numerics), None)
+    names = " and ".join(FASTER_IN_CUDA)
+    if obstacle is not None:
+        without = f"without CUDA C++ for {names}, because {_reason(obstacle)}"
+        return Choice(ops=triton_ops(), why=f"kernels: auto took triton, {suits}; {without}")
+    why = f"kernels: auto took triton, {suits}; CUDA C++ for {names}, because that is faster on a Hopper GPU"
+    return Choice(ops=fastest_ops(), why=why)
 
 
 def obstacles(
@@ -177,6 +193,11 @@ def cuda_ops() -> Ops:
     return _ops("cuda", "triton")
 
 
+def fastest_ops() -> Ops:
+    """Return the Triton kernels, but CUDA C++ for the operations of `FASTER_IN_CUDA`. Imports triton."""
+    return _ops("triton", first=dict.fromkeys(FASTER_IN_CUDA, "cuda"))
+
+
 def reference_ops() -> Ops:
     """Return the kernels' references: the same structure in plain torch, on any device, float64 included.
 
@@ -185,11 +206,15 @@ def reference_ops() -> Ops:
     return _ops("reference")
 
 
-def _ops(*rooms: str) -> Ops:
-    """Return the operations of `tessera_kernels`, each from the first of these rooms that has a file of its name."""
+def _ops(*rooms: str, first: Mapping[str, str] | None = None) -> Ops:
+    """Return the operations of `tessera_kernels`, each from the first of these rooms that has a file of its name.
+
+    `first` names operations that are looked for in a room of their own before.
+    """
+    preferred = first or {}
 
     def file(op: str) -> Any:
-        places = (f"tessera_kernels.{room}.{op}" for room in rooms)
+        places = (f"tessera_kernels.{room}.{op}" for room in (preferred.get(op, rooms[0]), *rooms))
         return import_module(next(place for place in places if find_spec(place) is not None))
 
     attention, norm = file("flash_attention"), file("rms_norm")
