@@ -77,8 +77,8 @@ def _row(shape: str, timed: dict[str, harness.Timing], flops: float, must: dict[
 
 
 def sweeps() -> Iterator[Sweep]:
-    """Yield the forward of the shapes that fill the GPU, and both overlaps of the backward, cuDNN beside them."""
-    for batch, heads, kv_heads, length, width in harness.choose(dense.FULL[1:], dense.TINY):
+    """Yield the forward, and both overlaps of the backward, cuDNN beside them; the short sequences come last."""
+    for batch, heads, kv_heads, length, width in harness.choose((*dense.FULL[1:], dense.FULL[0]), dense.TINY):
         leaves = dense.leaves_of(batch, length, heads, kv_heads, width)
         theirs = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in leaves]
         dout = torch.randn_like(leaves[0])

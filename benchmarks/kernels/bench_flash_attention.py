@@ -63,7 +63,7 @@ def _dense(batch: int, heads: int, kv_heads: int, length: int, width: int) -> It
     backward: dict[str, Function] = {"ours": lambda: torch.autograd.grad(out, ours, dout, retain_graph=True)}
     backward |= harness.available({peer: peer_backward(theirs, dout, peer) for peer in BACKENDS})
     if width <= 128:  # wider heads leave no registers for it
-        adding = choose_config(width, torch.bfloat16, deterministic=False)._replace(keys=KEYS[0])
+        adding = choose_config(width, torch.bfloat16)._replace(keys=KEYS[0])
         added, _ = flash_attention(*ours, config=adding)
         backward["ours, dQ added"] = lambda: torch.autograd.grad(added, ours, dout, retain_graph=True)
     must = {"cudnn": 0.62, "flash2": 1.0, "share": 0.32} if fast else {}
@@ -156,24 +156,23 @@ def _peer_varlen(leaves: list[Tensor], starts: Tensor, longest: int) -> Callable
 
 
 def sweeps() -> Iterator[Sweep]:
-    """Yield the forward and both backwards of the shapes that fill the GPU, peers beside them."""
-    for batch, heads, kv_heads, length, width in harness.choose(FULL[1:], TINY):
+    """Yield the forward and the backward of each head width, peers beside them."""
+    widths = {width: shape for *shape, width in harness.choose(FULL[1:], TINY)[::-1]}
+    for width, (batch, heads, kv_heads, length) in sorted(widths.items()):
         leaves = leaves_of(batch, length, heads, kv_heads, width)
         theirs = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in leaves]
         dout = torch.randn_like(leaves[0])
         shape = f"B{batch} N{heads}/{kv_heads} S{length} H{width}"
         flops = 2.0 * batch * heads * length * length * width
-        loose = choose_config(width, torch.bfloat16, deterministic=False)
-        fixed = choose_config(width, torch.bfloat16, deterministic=True)
-        keys = {part: fixed._replace(keys=part) for part in KEYS if not part.fused}
-        fused = {part: loose._replace(keys=part) for part in KEYS if part.fused}
+        chosen = choose_config(width, torch.bfloat16)
+        keys = {part: chosen._replace(keys=part) for part in KEYS}
         peer = {"cudnn": peer_backward(theirs, dout, "cudnn")}
         for part, current, configs, work, beside in (
-            ("forward", loose.forward, {part: loose._replace(forward=part) for part in FORWARD}, flops,
+            ("forward", chosen.forward, {part: chosen._replace(forward=part) for part in FORWARD}, flops,
              {"cudnn": peer_forward(theirs, "cudnn")}),
-            ("backward", loose.keys, fused | keys, 2.5 * flops, peer),  # without additions two kernels, whose times add:
-            ("backward, queries", fixed.queries,  # the best of each is the best of both
-             {part: fixed._replace(queries=part) for part in QUERIES}, 2.5 * flops, peer),
+            ("backward, keys", chosen.keys, keys, 2.5 * flops, peer),  # of two kernels, whose times add,
+            ("backward, queries", chosen.queries,  # the best of each is the best of both
+             {part: chosen._replace(queries=part) for part in QUERIES}, 2.5 * flops, peer),
         ):  # fmt: skip
             make = _forward_of if part == "forward" else backward_of
             yield Sweep(

@@ -143,25 +143,22 @@ def _row(name: str, timing: Timing, peers: Mapping[str, Timing], call: Function,
 
 
 def cuts() -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield names and options: chunk sizes first, then row kernels."""
+    """Yield names and options: chunks of powers, chunks of float32 logits, row kernels behind these, tiles."""
     from tessera_kernels.triton.linear_cross_entropy import CONFIGS, LossConfig
 
     yield "default", {}
     yield "default, head", {"accumulate": "head"}
-    for rows_, logit_rows in ((1024, 256), (1024, 1024), (1664, 256), (1664, 416), (2048, 256), (2048, 512), (2048, 2048),
-                              (4096, 512)):  # fmt: skip
-        for splits in (1, 2, 4) if rows_ < 2048 else (1, 2):
-            yield (
-                f"rows {rows_} logits {logit_rows} splits {splits}",
-                {
-                    "config": LossConfig(
-                        rows=rows_, logit_rows=logit_rows, hidden_splits=splits, block=8192, num_warps=16, stages=1
-                    ),
-                    "chunk_bytes": 2**34,
-                },
-            )
+    for rows_, splits, stages in ((2048, 1, 3), (2048, 2, 4), (1664, 1, 4), (1408, 3, 4), (1024, 2, 4), (4096, 1, 4)):
+        config = LossConfig(rows=rows_, hidden_splits=splits, stages=stages, product=2)
+        yield f"powers {rows_} splits {splits} stages {stages}", {"config": config}
+    for rows_, logit_rows, splits in ((1024, 512, 2), (1664, 336, 1), (1792, 256, 1), (4096, 512, 1)):
+        config = LossConfig(
+            rows=rows_, logit_rows=logit_rows, hidden_splits=splits, block=8192, num_warps=16, stages=1, product=1
+        )
+        yield f"logits {logit_rows} of rows {rows_} splits {splits}", {"config": config}
     for config in CONFIGS:
-        yield str(config), {"config": config}
+        if config.product == 1:
+            yield str(config), {"config": config}
     for megabytes in (32, 64, 128, 256):
         yield f"no logits {megabytes} MiB", {"mode": "no_logits", "chunk_bytes": megabytes * 2**20}
 
@@ -171,6 +168,7 @@ def parts() -> Iterator[tuple[str, Function, float]]:
     from tessera_kernels.triton._cross_entropy_rows import row_kernel
     from tessera_kernels.triton._label_logits import label_logits
     from tessera_kernels.triton._linear_loss import add_product, padded_columns, product
+    from tessera_kernels.triton._logit_tiles import multiply_and_finish
     from tessera_kernels.triton.linear_cross_entropy import CONFIGS
 
     hidden, head, labels = inputs()
@@ -191,10 +189,15 @@ def parts() -> Iterator[tuple[str, Function, float]]:
     product(few, head.T, logits[:, :VOCAB])
     exact = label_logits(hidden, head, labels)
     yield "label logits", partial(label_logits, hidden, head, labels), 2.0 * ROWS * WIDTH
-    for config in CONFIGS:
+    for count in (1024, 2048):
+        slopes = torch.empty(count, padded, device=device(), dtype=torch.bfloat16)
+        of_rows = labels[:count], exact[:count], losses[:count], one
+        call = partial(multiply_and_finish, hidden[:count], head, slopes, of_rows, (-100, 0.0, 0.0), True, 4)
+        yield f"powers and slopes {count}", call, 2.0 * count * VOCAB * WIDTH
+    for config in (config for config in CONFIGS if config.block):
         call = partial(
             row_kernel[(256,)], logits, slopes, labels, exact, losses, one, VOCAB, padded, -100, 0.0, 0.0, CAPPED=False,
-            WRITE=True, BLOCK=config.block, STAGES=config.stages, num_warps=config.num_warps,
+            SHORT=True, WRITE=True, BLOCK=config.block, STAGES=config.stages, num_warps=config.num_warps,
         )  # fmt: skip
         yield f"row kernel, 256 rows, {config.block}/{config.num_warps}/{config.stages}", call, 256.0 * VOCAB * 6
 
@@ -208,7 +211,7 @@ def sweeps() -> Iterator[Sweep]:
     for name, options in cuts():
         plans["no logits" if name.startswith("no logits") else "chunks"][name] = options
     plans["chunks"] = {name: options for name, options in plans["chunks"].items() if not name.startswith("LossConfig")}
-    plans["row kernel"] = {"default": {}} | {str(config): {"config": config} for config in CONFIGS}
+    plans["row kernel"] = {str(config): {"config": config} for config in CONFIGS if config.product == 1}
     for part, candidates in plans.items():
         calls = {}
         for name, options in candidates.items():
@@ -216,11 +219,17 @@ def sweeps() -> Iterator[Sweep]:
             calls[name] = partial(ours, *own, **options)
         yield Sweep(
             part=part, key=f"vocabulary {VOCAB}", shape=f"{ROWS} x {WIDTH} x {VOCAB}",
-            current="no logits 32 MiB" if part == "no logits" else "default", candidates=calls,
+            current={"chunks": "default", "row kernel": _row_kernel(), "no logits": "no logits 32 MiB"}[part], candidates=calls,
             work=(8.0 if part == "no logits" else 6.0) * ROWS * WIDTH * VOCAB, limit="cublas", graph=False,
         )  # fmt: skip
         if is_dry():
             return
+
+
+def _row_kernel() -> str:
+    from tessera_kernels.triton.linear_cross_entropy import choose_config
+
+    return str(choose_config(VOCAB)._replace(product=1))
 
 
 def print_parts() -> None:

@@ -190,12 +190,10 @@ def cuts() -> Iterator[tuple[str, dict[str, object]]]:
 
     yield "default forward_kl", {}
     yield "default forward_kl, head", {"accumulate": "head"}
-    for rows_, logit_rows in ((832, 256), (1024, 128), (1024, 256), (1024, 512), (2048, 256), (2048, 512), (4096, 512)):
-        for splits in (1, 2, 4) if rows_ < 2048 else (1, 2):
-            config = LossConfig(
-                rows=rows_, logit_rows=logit_rows, hidden_splits=splits, block=4096, num_warps=16, stages=1
-            )
-            yield f"rows {rows_} logits {logit_rows} splits {splits}", {"config": config, "chunk_bytes": 2**34}
+    for rows_, logit_rows, splits in ((768, 256, 8), (768, 256, 2), (960, 240, 2), (1024, 256, 2), (640, 128, 3), (2048, 256, 1),
+                                      (2048, 512, 1)):  # fmt: skip
+        config = LossConfig(rows=rows_, logit_rows=logit_rows, hidden_splits=splits, block=4096, num_warps=16, stages=1)
+        yield f"rows {rows_} logits {logit_rows} splits {splits}", {"config": config}
     for divergence in ("forward_kl", "generalized_jsd"):
         for config in CONFIGS:
             yield f"{divergence} {config.block}/{config.num_warps}/{config.stages}", {
@@ -231,7 +229,7 @@ def sweeps() -> Iterator[Sweep]:
 def _current(part: str, divergence: str) -> str:
     from tessera_kernels.triton.linear_distillation import choose_config
 
-    chosen = choose_config(VOCAB)
+    chosen = choose_config(VOCAB, 2 if divergence == "forward_kl" else 3)
     row = f"{chosen.block}/{chosen.num_warps}/{chosen.stages}"
     return {"chunks": f"default {divergence}", "row kernel": row, "no logits": "no logits 96 MiB"}[part]
 

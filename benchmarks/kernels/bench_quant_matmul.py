@@ -1,7 +1,7 @@
 """Is a product with an 8- or 4-bit weight faster than with the bfloat16 weight it came from, at every number of rows?
 
     python benchmarks/kernels/run_all.py --only quant_matmul      the table
-    python benchmarks/kernels/sweeping.py quant_matmul            every configuration
+    python benchmarks/kernels/sweeping.py quant_matmul            the candidates for each number of rows
 
 All samples start with a cold L2 cache: a 4-bit weight of 8192 x 8192 would otherwise stay in it. A weight is made and
 quantized once for all its rows; the library's int4 and int8 products, written for few rows and very slow for many, stand
@@ -17,7 +17,7 @@ import torch
 from harness import Row
 from sweeping import Sweep
 
-from tessera_kernels.quant_weight import QuantWeight, quantize_w4, quantize_w8
+from tessera_kernels.quant_weight import QuantWeight, quantize_w4, quantize_w8, unpack
 from tessera_kernels.triton import quant_matmul as kernel
 
 FEW, MANY = (1, 2, 4, 8, 16), (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -87,28 +87,40 @@ def _peers(x: torch.Tensor, weight_FD: torch.Tensor, packed: QuantWeight) -> dic
 
 
 def _int8pack(x: torch.Tensor, packed: QuantWeight) -> Callable[[], Any]:
-    codes_FD = packed.codes.transpose(0, 1).reshape(packed.num_outputs, -1).contiguous()
+    codes_FD = unpack(packed).to(torch.int8)
     return functools.partial(torch._weight_int8pack_mm, x, codes_FD, packed.steps[0].to(torch.bfloat16))
 
 
 def _int4pack(x: torch.Tensor, packed: QuantWeight) -> Callable[[], Any]:
     """tinygemm's layout; the codes' order does not change its time."""
-    pairs = packed.codes.transpose(0, 1).reshape(packed.num_outputs, -1).contiguous()
+    pairs = packed.codes.transpose(0, 1).reshape(packed.num_outputs, -1).contiguous().view(torch.uint8)
     tiled = torch._convert_weight_to_int4pack(pairs, 8)
     scales_and_zeros = torch.stack((packed.scales, packed.zeros.float()), -1).to(torch.bfloat16).contiguous()
     return functools.partial(torch._weight_int4pack_mm, x, tiled, 128, scales_and_zeros)
 
 
+_tile = functools.partial(kernel.Config, "tile")
+CANDIDATES: dict[int, tuple[kernel.Config, ...]] = {
+    1: (_tile(128, 16, False, 8, 4, 4), _tile(128, 16, False, 4, 8, 4), _tile(64, 16, False, 2, 4, 5)),
+    16: (_tile(128, 16, False, 8, 4, 4), _tile(128, 16, False, 4, 8, 4), _tile(64, 16, False, 2, 4, 5)),
+    64: (_tile(128, 64, True, 2, 8, 3), _tile(64, 64, True, 2, 4, 3), _tile(128, 64, True, 4, 4, 3)),
+    128: (_tile(64, 128, True, 2, 4, 3), _tile(128, 64, True, 2, 8, 3), _tile(128, 128, True, 1, 8, 4)),
+    256: (_tile(128, 256, True, 2, 8, 3), _tile(128, 128, True, 1, 8, 4), _tile(128, 128, True, 2, 8, 3)),
+    512: (_tile(128, 256, True, 1, 8, 3), _tile(128, 128, True, 1, 8, 4), kernel.Config("dequantize")),
+    1024: (_tile(256, 128, True, 1, 8, 3), _tile(128, 256, True, 1, 8, 3)),
+}
+"""Rows -> what is tried beside what is chosen, most promising first."""
+
+
 def sweeps() -> Iterator[Sweep]:
-    """Yield each format at numbers of rows that want different tiles, cuBLAS in bfloat16 beside them."""
+    """Yield two formats at numbers of rows that want different tiles, cuBLAS in bfloat16 beside them."""
     outputs, width = harness.choose(SHAPES[0], (96, 256))
     weight_FD = _weight(outputs, width)
-    for name, quantize in FORMATS.items():
-        packed = quantize(weight_FD)
-        for count in harness.choose((1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048), (1,)):
+    for name in ("W8A16 channel", "W4A16 g128"):
+        packed = FORMATS[name](weight_FD)
+        for count in harness.choose(tuple(CANDIDATES), (1,)):
             x = torch.randn(count, width, device=harness.device()).to(torch.bfloat16)
             chosen = kernel.choose_config(count, outputs, width, packed.bits)
-            configs = [config for config in kernel.CONFIGS if _is_worth_it(config, count)]
             yield Sweep(
                 part=name,
                 key=f"{count} rows",
@@ -116,17 +128,10 @@ def sweeps() -> Iterator[Sweep]:
                 current=chosen,
                 candidates={
                     config: functools.partial(kernel.quant_matmul, x, packed, config=config)
-                    for config in dict.fromkeys([chosen, *configs])
+                    for config in dict.fromkeys([chosen, *CANDIDATES[count]])
                 },
                 beside={"cuBLAS bf16": functools.partial(torch.nn.functional.linear, x, weight_FD)},
                 work=packed.num_bytes + 2.0 * count * (width + outputs),
                 limit="copy",
                 cold=True,
             )
-
-
-def _is_worth_it(config: kernel.Config, count: int) -> bool:
-    """Tiles much larger or smaller than the rows only cost time to compile and run."""
-    if config.kind == "tile":
-        return config.block_x == 16 if count <= 16 else count / 8 <= config.block_x <= 2 * count
-    return count <= 4 if config.kind == "vector" else count >= 64

@@ -33,6 +33,7 @@ SETTINGS: dict[str, Settings] = {
     "none": {},
     "greedy": {"temperature": 0.0},
 }
+SWEPT = ("top-k 50", "top-p 0.9", "top-k 20000 top-p 0.9")
 FULL = ((128, 131072), (1, 131072), (32, 151936))
 TINY = ((2, 600),)
 
@@ -114,7 +115,7 @@ def sweeps() -> Iterator[Sweep]:
     shape = harness.choose(FULL[0], TINY[0])
     for spread in (1.0, 3.0):
         logits, uniforms = _inputs(shape, spread, torch.float32)
-        for name in list(SETTINGS)[: harness.choose(3, 1)]:
+        for name in SWEPT[: harness.choose(3, 1)]:
             draw = functools.partial(kernel.sample, logits, uniforms, **SETTINGS[name])
             yield Sweep(
                 part="draw",

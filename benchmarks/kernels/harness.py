@@ -27,7 +27,11 @@ Function = Callable[[], object]
 T = TypeVar("T")
 
 FLUSH_BYTES = 256 * 2**20
-"""Written between cold samples: twice what any cache of a lent GPU holds."""
+"""Read between cold samples: more than twice what any cache of a lent GPU holds.
+
+Read, not written: lines that a write leaves are written back while the next call runs, some 45 MB of them on an H200, which
+would be billed to it.
+"""
 
 WARM_SAMPLE_MS = 0.5
 """A warm sample repeats a function until it takes about this long."""
@@ -192,8 +196,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Time functions against each other: sample by sample in turn, each from a CUDA graph where it can be captured.
 
-    `cold` empties the L2 cache before every sample and times one call; otherwise a sample repeats the call. "ours" must
-    work; another that raises is left out with a line.
+    `cold` fills the L2 cache with other, clean lines before every sample and times one call; otherwise a sample repeats the
+    call. "ours" must work; another that raises is left out with a line.
     """
     if is_warm_up():
         return {name: _called_once(name, function) for name, function in functions.items()}
@@ -204,7 +208,7 @@ def measure(
         ready = _ready(name, function, cold=cold, graph=graph)
         if ready is not None:
             replays[name] = ready
-    flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda") if cold else None
+    flush = torch.ones(FLUSH_BYTES // 4, device="cuda") if cold else None
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in replays}
     names = list(replays)
     for sample in range(_samples(samples, replays)):
@@ -247,7 +251,7 @@ def _called_once(name: str, function: Function) -> Timing:
 def _sample(replay: Function, flush: torch.Tensor | None) -> tuple[torch.cuda.Event, torch.cuda.Event]:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if flush is not None:
-        flush.fill_(1)
+        flush.amax()
     start.record()
     replay()
     end.record()

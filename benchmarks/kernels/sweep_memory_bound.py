@@ -23,14 +23,7 @@ def _norm_sweeps() -> Iterator[Sweep]:
         x, dy, gain = _random(rows, width), _random(rows, width), _random(width)
         rstd = rms_norm._run_forward(x, None, gain, 1e-6, False, [])[2]
         chosen = rms_norm.choose_config(width, 2)
-        heights = (1, 4, 16) if width <= 1024 else (1,)
-        warps = tuple(w for w in (4, 8, 16, 32) if 128 <= max(width, 1024) // w <= 1024)
-        forwards = [chosen.forward, *(rms_norm.RowConfig(32768, *cut) for cut in product(heights, warps, (0,), (1,)))]
-        forwards += [rms_norm.RowConfig(32768, 1, w, count, 3) for w in warps for count in (2, 4)]
-        backwards = [
-            chosen.backward,
-            *(rms_norm.RowConfig(16384, *cut) for cut in product(heights, warps, (1, 2, 4), (1, 2, 3))),
-        ]
+        forwards, backwards = _norm_forwards(chosen.forward, width), _norm_backwards(chosen.backward, 2 * width)
         few = choose(len(backwards) + len(forwards), 2)
         for part, current, cuts, bytes_each in (
             ("forward", chosen.forward, forwards, 4.0), ("backward", chosen.backward, backwards, 6.0),
@@ -45,12 +38,29 @@ def _norm_sweeps() -> Iterator[Sweep]:
             )  # fmt: skip
 
 
-def _norm_forward(x: torch.Tensor, gain: torch.Tensor, cut: rms_norm.RowConfig) -> Callable[[], object]:
+def _norm_forwards(chosen: rms_norm.ForwardConfig, width: int) -> list[rms_norm.ForwardConfig]:
+    heights = (1, 4, 16) if width <= 1024 else (1,)
+    warps = {chosen.num_warps // 2, chosen.num_warps, 2 * chosen.num_warps} & {4, 8, 16, 32}
+    return [chosen, *(rms_norm.ForwardConfig(32768, *cut) for cut in product(heights, sorted(warps)))]
+
+
+def _norm_backwards(chosen: rms_norm.BackwardConfig, row_bytes: int) -> list[rms_norm.BackwardConfig]:
+    """As many programs as make 16, 24 or 32 warps, of half as many, as many and twice as many warps as chosen."""
+    usual = chosen.num_warps
+    cuts = [(usual, most // usual, 3) for most in (16, 24, 32)] + [(usual, max(1, 16 // usual), 2)]
+    cuts += [(2 * usual, most // (2 * usual), 3) for most in (16, 32)]
+    if row_bytes <= 8192:
+        cuts += [(usual, max(1, 16 // usual), 4), (usual // 2, 32 // usual, 3)]
+    cuts = [cut for cut in cuts if 4 <= cut[0] <= 32 and cut[1] >= 1]
+    return [chosen, *(chosen._replace(num_warps=w, programs_per_sm=p, stages=s) for w, p, s in cuts)]
+
+
+def _norm_forward(x: torch.Tensor, gain: torch.Tensor, cut: rms_norm.ForwardConfig) -> Callable[[], object]:
     return lambda: rms_norm._run_forward(x, None, gain, 1e-6, False, list(cut))
 
 
 def _norm_backward(
-    dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, rstd: torch.Tensor, cut: rms_norm.RowConfig
+    dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, rstd: torch.Tensor, cut: rms_norm.BackwardConfig
 ) -> Callable[[], object]:
     return lambda: rms_norm._run_backward(dy, x, gain, rstd, None, False, list(cut))
 

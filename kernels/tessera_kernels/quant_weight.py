@@ -9,16 +9,18 @@ One scale for each output (w8) or for each output and group of inputs. Scales of
 that no code is ever clipped by the rounding of its scale; scales of whole rows are float32, rounded up too. Hence the
 bound that the tests hold: |w - dequantize(w)| <= s / 2 for every number. A group of zeros gets s = 1 and is exact.
 
-Packed layout, tile = 128 consecutive inputs, outputs side by side inside a tile:
+Packed layout, tile = 128 consecutive inputs, outputs side by side inside a tile, words of 16 bits (int16):
 
-    w8   codes int8  [tiles, F, 128]   codes[t, f, j]          = q of input 128 t + j
-    w4   codes uint8 [tiles, F, 64]    codes[t, f, j] & 15     = q of input 128 t + j
-                                       codes[t, f, j] >> 4     = q of input 128 t + 64 + j
+    w8   codes [tiles, F, 64]    word j of tile t:   bits 0-6 |q| of input 128 t + j,        bit 15 its sign
+                                                     bits 8-14 |q| of input 128 t + 64 + j,  bit 7 its sign
+    w4   codes [tiles, F, 32]    word j of tile t:   bits 4 i to 4 i + 3 q of input 128 t + 32 i + j
 
-A program that owns some outputs reads one contiguous piece a tile, 16 bytes a thread, and both nibbles of a byte lie 64
-inputs apart: unpacking gives two contiguous tiles without moving anything between threads. Inputs past the width (the
-last tile) hold the zero point, that is: the weight 0. Scale and zero point of a group share one 32-bit word (a bfloat16
-scale above, the zero point below): 4 bytes are the least that an asynchronous copy moves.
+A program that owns some outputs reads one contiguous piece a tile, 16 bytes a thread. Words have the width of the numbers
+that the tensor cores take, so neighbors j, j + 1 lie in one register already side by side: unpacking moves nothing within
+a thread or between threads, and gives contiguous pieces of 64 (w8) or 32 (w4) inputs. Sign and magnitude of w8 lie where
+bfloat16 has its sign and its fraction (the second input's after the word's two bytes change places): see `_unpack`.
+Inputs past the width (the last tile) hold the zero point, that is: the weight 0. Scale and zero point of a group share
+one 32-bit word (a bfloat16 scale above, the zero point below): 4 bytes are the least that an asynchronous copy moves.
 """
 
 import math
@@ -34,7 +36,10 @@ TILE = 128
 """Inputs in one tile of the packed layout."""
 
 HALF = TILE // 2
-"""Inputs between the two nibbles of a byte; groups are multiples of it."""
+"""Inputs between the two codes of a w8 word; groups are multiples of it."""
+
+WORD_BITS = 16
+"""Bits of a packed word."""
 
 _SYMMETRIC_ZERO = {8: 0, 4: 8}
 _TOP = {8: 127, 4: 7}
@@ -44,7 +49,7 @@ _TOP = {8: 127, 4: 7}
 class QuantWeight:
     """A weight of `num_outputs` x `width` in the packed layout above."""
 
-    codes: Tensor  # int8 [tiles, F, 128] or uint8 [tiles, F, 64]
+    codes: Tensor  # int16 [tiles, F, 64] (w8) or [tiles, F, 32] (w4)
     steps: Tensor  # one scale an output: float32 [1, F]; groups: int32 [groups, F], scale and zero point in one word
     bits: int  # 8 or 4
     group: int | None  # inputs that share a scale; None: all of them
@@ -53,10 +58,13 @@ class QuantWeight:
     def __post_init__(self) -> None:
         expect_choice("bits", self.bits, (8, 4))
         _expect_group(self.group, self.bits)
-        expect_dtype("codes", self.codes, torch.int8 if self.bits == 8 else torch.uint8)
+        expect_dtype("codes", self.codes, torch.int16)
         expect_rank("codes", self.codes, 3)
         groups, outputs = num_groups(self.width, self.group), self.codes.shape[1]
-        wanted = {"codes": (math.ceil(self.width / TILE), outputs, TILE * self.bits // 8), "steps": (groups, outputs)}
+        wanted = {
+            "codes": (math.ceil(self.width / TILE), outputs, TILE * self.bits // WORD_BITS),
+            "steps": (groups, outputs),
+        }
         for name, shape in wanted.items():
             part: Tensor = getattr(self, name)
             if tuple(part.shape) != shape or not part.is_contiguous():
@@ -132,7 +140,7 @@ def pack(codes_FD: Tensor, scales_FG: Tensor, zeros_FG: Tensor | None, *, bits: 
     rest = padded_FD[:, width:]
     rest[:] = _SYMMETRIC_ZERO[bits] if zeros_FG is None else zeros_FG[:, -1:].to(torch.int32)
     tiled = padded_FD.view(outputs, tiles, TILE).transpose(0, 1)
-    codes = tiled.to(torch.int8) if bits == 8 else (tiled[..., :HALF] | (tiled[..., HALF:] << 4)).to(torch.uint8)
+    codes = _words_of_8(tiled) if bits == 8 else _words_of_4(tiled)
     steps = scales_FG.float().t().contiguous()
     if group is not None:
         zeros = _SYMMETRIC_ZERO[bits] if zeros_FG is None else zeros_FG.t().to(torch.int32)
@@ -140,12 +148,28 @@ def pack(codes_FD: Tensor, scales_FG: Tensor, zeros_FG: Tensor | None, *, bits: 
     return QuantWeight(codes=codes.contiguous(), steps=steps, bits=bits, group=group, width=width)
 
 
+def _words_of_8(tiled: Tensor) -> Tensor:
+    first, second = tiled[..., :HALF], tiled[..., HALF:]
+    signs = (first < 0).int() << 15 | (second < 0).int() << 7
+    return (signs | first.abs() | second.abs() << 8).to(torch.int16)
+
+
+def _words_of_4(tiled: Tensor) -> Tensor:
+    words, quarter = tiled[..., : HALF // 2], HALF // 2
+    for i in range(1, 4):
+        words = words | tiled[..., i * quarter : (i + 1) * quarter] << 4 * i
+    return words.to(torch.int16)
+
+
 def unpack(weight: QuantWeight) -> Tensor:
     """Return the codes less their zero points, int32 [F, D]: what the scales multiply."""
-    codes = weight.codes.to(torch.int32)
-    if weight.bits == 4:
-        codes = torch.cat((codes & 15, codes >> 4), dim=-1)
-    codes_FD = codes.transpose(0, 1).reshape(weight.num_outputs, -1)[:, : weight.width]
+    words = weight.codes.to(torch.int32)
+    if weight.bits == 8:
+        first, second = words & 0x7F, words >> 8 & 0x7F
+        parts = [torch.where(words < 0, -first, first), torch.where(words & 0x80 != 0, -second, second)]
+    else:
+        parts = [words >> 4 * i & 15 for i in range(4)]
+    codes_FD = torch.cat(parts, -1).transpose(0, 1).reshape(weight.num_outputs, -1)[:, : weight.width]
     return codes_FD - _spread(weight.zeros, weight)
 
 

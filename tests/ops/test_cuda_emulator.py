@@ -120,6 +120,19 @@ def test_shuffles_exchange_within_a_warp(probe: Probe) -> None:
     assert y[2].tolist() == (t // 32 == 2).tolist()
 
 
+def test_words_are_exchanged_and_stored_as_they_are(probe: Probe) -> None:
+    y = torch.zeros(2, 4 * 128, dtype=torch.int32)
+    body = """
+    const uint32_t word = 0x7f800001u + t;  // as a float no number
+    const Words four = {{word, shuffle_xor(word, 3), 0, 7}};
+    store_16(y + 4 * t, four);"""
+    probe("uint32_t* y", body, [y])
+    t, found = np.arange(128), y[0].numpy().reshape(128, 4)
+    assert (found[:, 0] == 0x7F800001 + t).all()
+    assert (found[:, 1] == 0x7F800001 + (t ^ 3)).all()
+    assert (found[:, 2:] == [0, 7]).all()
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_matrices_are_dealt_out_to_the_lanes(probe: Probe, transposed: bool) -> None:
     matrices = torch.from_numpy(np.random.default_rng(1).integers(0, 2**15, (4, 8, 8), dtype=np.int16))
@@ -532,6 +545,7 @@ FAULTS = {
     "a tensor map that tensor_map of _launch.py did not make": "TensorMap map{}; prefetch_map(&map);",
     "shared bytes 98304 to 98320, but the block has 98304": "copy_16(shared_address(shared) + 98304, x, 16);",
     "ldmatrix: shared byte 8, not a multiple of 16": "uint32_t to[4]; load_matrices(to, shared_address(shared) + 8);",
+    "store_16: address .*, not a multiple of 16": "store_16(x + 1, Words{{0, 0, 0, 0}});",
     "load_once: address .*, not a multiple of 16": "x[t] = load_once(reinterpret_cast<const Words*>(x + 1)).word[0];",
     "17 valid bytes": "copy_16(shared_address(shared), x, 17);",
     "memory that is not the block's shared memory": "x[t] = shared_address(x);",

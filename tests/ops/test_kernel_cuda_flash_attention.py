@@ -20,12 +20,14 @@ from tessera_kernels.cuda.flash_attention import (
     CudaConfig,
     ampere,
     backward,
+    backward_turns,
     choose_config,
     flash_attention,
     flash_attention_varlen,
     has_backward,
     hopper,
     padded_width,
+    turns,
 )
 from tessera_kernels.reference import flash_attention as plain
 from tessera_parity.kernel_budget import kernel_limit
@@ -195,6 +197,44 @@ def test_elsewhere_the_backward_is_tritons(
     width: int, softcap: float | None, deterministic: bool, config: CudaConfig
 ) -> None:
     assert not has_backward(width, softcap, deterministic, config)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "section", "length", "causal", "turned"),
+    [
+        (128, 24, 4096, True, True),  # a section is four whole waves: without turning, block 0 has each wave's heaviest
+        (128, 12, 4096, True, True),
+        (64, 32, 4096, False, False),
+        (3, 3, 192, True, False),
+    ],
+)
+def test_waves_turn_where_blocks_then_end_sooner(
+    lanes: int, section: int, length: int, causal: bool, turned: bool
+) -> None:
+    """Against a walk over every tile and query, tiles of 192 by 128, 132 blocks."""
+    blocks, far = -(-length // 192), 2**29
+    ends = {}
+    for turning in (False, True):
+        ends[turning] = [0] * 132
+        tiles = [
+            block
+            for first in range(0, lanes, section)
+            for block in reversed(range(blocks))
+            for _ in range(first, min(first + section, lanes))
+        ]
+        for number, block in enumerate(tiles):
+            wave, place = divmod(number, 132)
+            keys = min(192 * (block + 1), length) if causal else length
+            ends[turning][131 - place if turning and wave % 2 else place] += -(-keys // 128) + 1
+    assert (max(ends[True]) < max(ends[False])) is turned
+    sizes = (1, length, length, lanes, 1, section, blocks, far, 0 if causal else far)
+    assert turns(sizes, 192, 128, 132) is turned
+
+
+def test_the_backward_turns_by_the_queries_that_see_its_keys() -> None:
+    far = 2**29
+    assert backward_turns((8, 4096, 4096, 16, 1, 33, 64, far, 0), 132)  # a section is eight whole waves
+    assert not backward_turns((8, 4096, 4096, 16, 1, 33, 64, far, far), 132)
 
 
 def test_grids_of_very_many_heads_are_grids_that_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:

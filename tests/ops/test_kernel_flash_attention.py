@@ -226,12 +226,10 @@ def test_every_configuration_fits_some_head_width_and_the_chosen_ones_fit_theirs
     for width in range(16, 257, 16):
         padded = 1 << (width - 1).bit_length()
         for dtype in (torch.float32, torch.bfloat16):
-            for deterministic in (False, True):
-                config = choose_config(width, dtype, deterministic=deterministic)
-                parts = config if config.deterministic else config[:2]
-                assert all(part.shared_bytes(padded, dtype.itemsize) <= SHARED_BYTES for part in parts)
-                assert dtype == torch.float32 or all(part.registers(padded) <= SUMS_AND_SCORES for part in parts)
-                assert config.deterministic or not deterministic
+            config = choose_config(width, dtype)
+            assert config.deterministic
+            assert all(part.shared_bytes(padded, dtype.itemsize) <= SHARED_BYTES for part in config)
+            assert dtype == torch.float32 or all(part.registers(padded) <= SUMS_AND_SCORES for part in config)
 
 
 @pytest.mark.unfenced

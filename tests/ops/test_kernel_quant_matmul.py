@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from tessera_kernels.quant_weight import QuantWeight, dequantize, pack, quantize_w4, quantize_w8, unpack
 from tessera_kernels.triton import quant_matmul as kernel
+from tessera_kernels.triton._unpack import SHRUNK
 from tessera_parity.kernel_cases.quant_matmul import FORMATS, OP, Case, quantized
 from tessera_parity.kernel_judge import judge
 from tessera_parity.kernel_memory import same_bits
@@ -73,18 +74,46 @@ def test_groups_of_zeros_are_exact_and_zero_stays_zero(form):
     assert not back[:, 17].any()
 
 
-def test_the_packed_layout_is_what_the_docstring_says():
+def test_the_packed_layout_of_4_bits_is_what_the_docstring_says():
     codes_FD = torch.arange(3 * 200).reshape(3, 200) % 16
     packed = pack(codes_FD, torch.ones(3, 2), torch.full((3, 2), 7.0), bits=4, group=128)
-    assert packed.codes.shape == (2, 3, 64)
-    for tile, f, j in ((0, 0, 0), (0, 2, 63), (1, 1, 5)):
-        byte = int(packed.codes[tile, f, j])
-        assert byte & 15 == int(codes_FD[f, 128 * tile + j])
-        high = 128 * tile + 64 + j
-        assert byte >> 4 == (int(codes_FD[f, high]) if high < 200 else 7)
+    assert packed.codes.shape == (2, 3, 32)
+    for tile, f, j in ((0, 0, 0), (0, 2, 31), (1, 1, 5)):
+        word = int(packed.codes[tile, f, j])
+        for i in range(4):
+            place = 128 * tile + 32 * i + j
+            assert word >> 4 * i & 15 == (int(codes_FD[f, place]) if place < 200 else 7)
     assert torch.equal(unpack(packed), (codes_FD - 7).to(torch.int32))
     assert packed.scales.tolist() == [[1.0] * 3] * 2
     assert packed.zeros.tolist() == [[7] * 3] * 2
+
+
+def test_the_packed_layout_of_8_bits_is_what_the_docstring_says():
+    codes_FD = torch.arange(3 * 200).reshape(3, 200) * 37 % 255 - 127
+    packed = pack(codes_FD, torch.ones(3, 1), None, bits=8, group=None)
+    assert packed.codes.shape == (2, 3, 64)
+    for tile, f, j in ((0, 0, 0), (0, 2, 63), (1, 1, 5), (1, 0, 8)):
+        word, low, high = int(packed.codes[tile, f, j]), 128 * tile + j, 128 * tile + 64 + j
+        first, second = int(codes_FD[f, low]), int(codes_FD[f, high]) if high < 200 else 0
+        assert (word & 0x7F, word >> 8 & 0x7F) == (abs(first), abs(second))
+        assert (word >> 15 & 1, word >> 7 & 1) == (int(first < 0), int(second < 0))
+    assert torch.equal(unpack(packed), codes_FD.to(torch.int32))
+
+
+def test_the_bit_tricks_give_every_code():
+    """What the GPU's instructions do with a word (`_unpack`), in plain arithmetic: tests without a GPU never run them."""
+    codes_FD = torch.arange(-127, 128)[:, None].repeat(1, 128)
+    codes_FD[:, 64:] *= -1
+    words = pack(codes_FD, torch.ones(255, 1), None, bits=8, group=None).codes[0]
+    swapped = (words.int() >> 8 & 0xFF | words.int() << 8).to(torch.int16)
+    for half, first in ((words, 0), (swapped, 64)):
+        tiny = (half & -0x7F81).view(torch.bfloat16).double()  # -0x7F81 is 0x807F
+        assert torch.equal(tiny * 2.0**127 * SHRUNK, codes_FD[:, first : first + 64].double())
+    codes_FD = torch.arange(16)[:, None] ^ torch.arange(128) // 8
+    words = pack(codes_FD, torch.ones(16, 1), torch.full((16, 1), 7.0), bits=4, group=128).codes[0]
+    for i in range(4):
+        above_128 = (words.int() >> 4 * i & 15 | 0x4300).to(torch.int16).view(torch.bfloat16)
+        assert torch.equal(above_128.double() - 128, codes_FD[:, 32 * i : 32 * i + 32].double())
 
 
 @pytest.mark.parametrize(
@@ -97,12 +126,12 @@ def test_the_packed_layout_is_what_the_docstring_says():
         (lambda: quantize_w8(torch.zeros(4, 4, dtype=torch.float64)), "weight_FD.dtype = float64"),
         (lambda: quantize_w4(torch.ones(4, 128), group=96), "group = 96: expected a positive multiple of 64"),
         (lambda: quantize_w4(torch.ones(4, 128), group=None), "group = None"),
-        (lambda: replace(quantize_w8(torch.ones(4, 128)), width=129), r"codes.shape = \[1, 4, 128\]"),
+        (lambda: replace(quantize_w8(torch.ones(4, 128)), width=129), r"codes.shape = \[1, 4, 64\]"),
         (lambda: replace(quantize_w8(torch.ones(4, 128)), bits=3), "bits = 3"),
         (lambda: kernel.quant_matmul(torch.ones(2, 127), quantize_w8(torch.ones(4, 128))), "x_XD.shape"),
         (lambda: kernel.quant_matmul(torch.ones(2, 128).double(), quantize_w8(torch.ones(4, 128))), "x_XD.dtype"),
         (
-            lambda: kernel.quant_matmul(torch.ones(2, 128), quantize_w8(torch.ones(4, 128)), config=kernel.CONFIGS[-2]),
+            lambda: kernel.quant_matmul(torch.ones(2, 128), quantize_w8(torch.ones(4, 128)), config=kernel.CONFIGS[8]),
             "float32 has no tensor cores",
         ),
         (lambda: kernel.Config("stream-k"), "kind = 'stream-k': expected one of tile"),
@@ -138,7 +167,9 @@ def test_leading_dimensions_strides_and_no_rows():
     assert kernel.quant_matmul(x[:, :0], packed).shape == (2, 0, 33)
 
 
-@pytest.mark.parametrize("config", [kernel.CONFIGS[1], kernel.Config("tile", 64, 16, True, 2, 4, 6)])
+@pytest.mark.parametrize(
+    "config", [kernel.Config("tile", 64, 16, False, 2, 4, 5), kernel.Config("tile", 64, 32, True, 2, 4, 3)]
+)
 def test_a_row_alone_is_the_row_in_its_batch(config):
     packed = quantize_w4(random(70, 600))
     x = random(18, 600, dtype=torch.bfloat16)
@@ -175,10 +206,12 @@ def test_whatever_is_chosen_is_in_the_list():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the instructions that it looks at are the GPU's")
 def test_instructions_of_two_numbers_give_the_plain_path_bits():
-    """The bit tricks run only on the GPU; float32's plain path multiplies the same integers."""
+    """The bit tricks run only on the GPU; the quantizer's own way back is plain arithmetic."""
     for form in ("w8", "w4g128", "w4g64"):
         packed = quantized(random(128, 512), form).to("cuda")
+        written_FD = dequantize(packed, torch.bfloat16)
+        assert same_bits(kernel.dequantize(packed), written_FD)
         eye = torch.eye(512, dtype=torch.bfloat16, device="cuda")
-        for config in (kernel.Config("tile", 64, 16, False, 1, 4, 6), kernel.Config("tile", 128, 128, True, 1, 8, 3)):
+        for config in (config for config in kernel.CONFIGS if config.kind == "tile"):
             y_DF = kernel.quant_matmul(eye, packed, config=config)
-            assert same_bits(y_DF.t().contiguous(), kernel.dequantize(packed))
+            assert same_bits(y_DF.t().contiguous(), written_FD)

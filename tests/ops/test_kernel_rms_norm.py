@@ -10,7 +10,7 @@ import torch
 
 from tessera_kernels.reference import rms_norm as plain
 from tessera_kernels.triton import rms_norm as triton
-from tessera_kernels.triton._launch import expect_prefetch, expect_tile
+from tessera_kernels.triton._launch import expect_tile
 from tessera_parity.kernel_budget import kernel_limit
 from tessera_shared.errors import KernelError
 
@@ -111,21 +111,24 @@ def test_a_residual_of_another_shape_is_named(fused: ModuleType) -> None:
 
 
 def test_a_tile_too_large_for_the_registers_is_refused() -> None:
-    row = triton.RowConfig(32768, 16, 4, 0, 1)
+    config = triton.NormConfig(triton.ForwardConfig(32768, 16, 4), triton.BackwardConfig(32768, 16, 4, 1, 1))
     with pytest.raises(KernelError, match=r"rows x block = 131072 elements"):
-        triton.rms_norm(torch.ones(2, 8192), torch.ones(8192), eps=1e-6, config=triton.NormConfig(row, row))
+        triton.rms_norm(torch.ones(2, 8192), torch.ones(8192), eps=1e-6, config=config)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_chosen_tile_fits_registers_and_shared_memory(itemsize: int) -> None:
     for width in (1, 2, 128, 199, 512, 1024, 4096, 16384, 32768, 65536, 100_003):
-        for cut in triton.choose_config(width, itemsize):
+        config = triton.choose_config(width, itemsize)
+        for cut in config:
             tile = cut.rows * min(cut.block, 2 ** (width - 1).bit_length())
             expect_tile("tile", tile, cut.num_warps)
-            expect_prefetch(3 * tile * itemsize, cut.stages)
+        triton.expect_read_ahead(3 * tile * itemsize, config.backward.stages)
 
 
 def test_more_read_ahead_than_shared_memory_holds_is_refused() -> None:
-    row = triton.RowConfig(16384, 1, 32, 1, 5)
-    with pytest.raises(KernelError, match=r"stages = 5 with 65536 bytes a tile: expected at most 3"):
-        triton.rms_norm(torch.ones(2, 16384), torch.ones(16384), eps=1e-6, config=triton.NormConfig(row, row))
+    forward, backward = triton.choose_config(16384, 4)
+    config = triton.NormConfig(forward, backward._replace(stages=4))
+    x = torch.ones(2, 16384, requires_grad=True)
+    with pytest.raises(KernelError, match=r"stages = 4 with 131072 bytes a block of rows: expected at most 2"):
+        triton.rms_norm(x, torch.ones(16384), eps=1e-6, config=config).sum().backward()

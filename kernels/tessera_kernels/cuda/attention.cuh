@@ -8,7 +8,8 @@
 struct alignas(16) Numbers { float number[4]; };
 
 constexpr float LN2 = 0.6931471805599453f;
-constexpr float FUSED_BASE = 4096.0f;  // largest scaled maximum that a fused multiply-add may be taken relative to
+constexpr float FUSED_BASE = 4096.0f;  // largest scaled score that a fused multiply-add may be taken relative to
+constexpr float SLACK = 8.0f;  // a row's weights may grow to 2^8 before they are taken relative to a newer maximum
 
 struct Problem {
     const int* query_starts;  // packed sequences: null when dense
@@ -70,9 +71,16 @@ template <int SPAN> TESSERA_DEVICE int tiles_of(const Work& w) {
     return w.row < w.q_length && w.low < w.high ? (w.high - w.low + SPAN - 1) / SPAN : 0;
 }
 
+// The tile that this block takes in a wave of gridDim.x; with `turning` every other wave runs backwards.
+TESSERA_DEVICE int tile_of(int wave, int turning) {
+    const int across = gridDim.x, place = blockIdx.x;
+    return wave * across + (turning != 0 && wave % 2 != 0 ? across - 1 - place : place);
+}
+
 // A place in a ring of COUNT and how often it went around.
 template <int COUNT> struct Turn {
     int stage = 0, parity = 0;
+    TESSERA_DEVICE int before() const { return stage == 0 ? COUNT - 1 : stage - 1; }
     TESSERA_DEVICE void next() {
         if (++stage == COUNT) {
             stage = 0;
@@ -88,14 +96,20 @@ TESSERA_DEVICE void round_fragments(uint32_t (&to)[COUNT / 8][4], const float (&
     for (int i = 0; i < COUNT / 2; ++i) to[i / 4][i % 4] = packed<T>(from[2 * i], from[2 * i + 1]);
 }
 
+// The descriptor of what begins `bytes` after a tile's own; addresses stay below the field's end, so that nothing carries.
+TESSERA_DEVICE uint64_t further(uint64_t descriptor, uint32_t bytes) {
+    const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+    return (descriptor >> 32 << 32) | low;
+}
+
 // Rows and columns of the 16-row fragments that a thread of a warp holds: number i stands in row `fragment_row(i)`.
 TESSERA_DEVICE int fragment_row(int lane, int i) { return lane / 4 + 8 * (i / 2 % 2); }
 TESSERA_DEVICE int fragment_column(int lane, int i) { return 8 * (i / 4) + 2 * (lane % 4) + i % 2; }
 
 // The running state of the two rows that a thread has a share of.
 struct Softmax {
-    float top[2];    // largest score so far, before scaling
-    float total[2];  // sum of the weights of this thread's columns; `finished` adds up the row's
+    float top[2];    // what weights are relative to: a score, at most SLACK below the largest so far once scaled
+    float total[2];  // sum of the weights of this thread's columns; `finish` adds up the row's
 
     TESSERA_DEVICE void clear() {
         top[0] = top[1] = -infinity();
@@ -105,73 +119,121 @@ struct Softmax {
     // What a score is taken relative to, before scaling.
     TESSERA_DEVICE float raw(int half) const { return top[half] == -infinity() ? 0.0f : top[half]; }
 
-    // Turn scores into weights in place, and give what older terms of each row shrink by.
-    template <int COUNT> TESSERA_DEVICE void weigh(float (&scores)[COUNT], float unit, float (&fade)[2]) {
-        const float before[2] = {top[0], top[1]};
+    // Turn scores into weights in place, and give what older terms of each row shrink by; false when that is 1 for all rows
+    // of the warp. Only a maximum more than SLACK above is worth those products, which is rare after a row's first scores.
+    // Each row decides for itself, so that its bits do not depend on the rows beside it.
+    template <int COUNT> TESSERA_DEVICE bool weigh(float (&scores)[COUNT], float unit, float (&fade)[2]) {
+        float most[4] = {scores[0], scores[1], scores[2], scores[3]};  // two chains a row
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], scores[i]);
+        for (int i = 4; i < COUNT; ++i) most[i % 4] = fmaxf(most[i % 4], scores[i]);
         float base[2];
+        bool moves[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            top[half] = fmaxf(top[half], shuffle_xor(top[half], 1));
-            top[half] = fmaxf(top[half], shuffle_xor(top[half], 2));
-            fade[half] = before[half] == -infinity() ? 0.0f : exp2_fast((before[half] - raw(half)) * unit);
+            float row = fmaxf(most[2 * half], most[2 * half + 1]);
+            row = fmaxf(row, shuffle_xor(row, 1));
+            row = fmaxf(row, shuffle_xor(row, 2));
+            const float before = top[half];
+            moves[half] = (row - before) * unit > SLACK;  // true where there was no score before
+            if (moves[half]) top[half] = row;
+            fade[half] = moves[half] ? exp2_fast((before - row) * unit) : 1.0f;
             total[half] *= fade[half];
             base[half] = raw(half) * unit;
         }
         // One multiply-add a score where the rounding of the base, common to a row and at most 2^-13, does no harm; the
         // difference first where that rounding would be the exponent.
-        if (any_in_warp(!(fabsf(base[0]) <= FUSED_BASE) || !(fabsf(base[1]) <= FUSED_BASE))) {
-#pragma unroll
-            for (int i = 0; i < COUNT; ++i) scores[i] = exp2_fast((scores[i] - raw(i / 2 % 2)) * unit);
-        } else {
-#pragma unroll
-            for (int i = 0; i < COUNT; ++i) scores[i] = exp2_fast(fmaf(scores[i], unit, -base[i / 2 % 2]));
-        }
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) total[i / 2 % 2] += scores[i];
+        if (any_in_warp(!(fabsf(base[0]) <= FUSED_BASE) || !(fabsf(base[1]) <= FUSED_BASE)))
+            raise<false>(scores, unit, base);
+        else
+            raise<true>(scores, unit, base);
+        return any_in_warp(moves[0] || moves[1]);
     }
 
-    TESSERA_DEVICE void finish() {
+    // Weights and their sums together, so that additions run beside the unit that takes powers.
+    template <bool FUSED, int COUNT> TESSERA_DEVICE void raise(float (&scores)[COUNT], float unit, const float (&base)[2]) {
+        float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const int half = i / 2 % 2;
+            scores[i] = exp2_fast(FUSED ? fmaf(scores[i], unit, -base[half]) : (scores[i] - raw(half)) * unit);
+            sums[i % 4] += scores[i];
+        }
+        total[0] += sums[0] + sums[1];
+        total[1] += sums[2] + sums[3];
+    }
+
+    // Complete the sums, and give what out is multiplied by; a row that saw no key becomes 0.
+    TESSERA_DEVICE void finish(float (&factor)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             total[half] += shuffle_xor(total[half], 1);
             total[half] += shuffle_xor(total[half], 2);
+            factor[half] = total[half] == 0.0f ? 0.0f : reciprocal_fast(total[half]);
         }
     }
 };
 
-// Soft cap, then -inf where a query does not see the key. `row` and `column` are the fragment's own corner.
+template <int COUNT> TESSERA_DEVICE void cap(float (&scores)[COUNT], float inner) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) scores[i] = tanhf(scores[i] * inner);
+}
+
+// -inf where a query does not see the key. `row` and `column` are the fragment's own corner.
 template <int COUNT>
-TESSERA_DEVICE void hide(
-    float (&scores)[COUNT], const Work& w, const Problem& p, int row, int column, int lane, float inner, bool edge) {
-    if (inner != 0.0f) {
+TESSERA_DEVICE void hide(float (&scores)[COUNT], const Work& w, const Problem& p, int row, int column, int lane) {
+    int least[2], most[2];  // columns that each of the thread's two rows sees, counted from the thread's first
+    const int first = column + 2 * (lane % 4);
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) scores[i] = tanhf(scores[i] * inner);
+    for (int half = 0; half < 2; ++half) {
+        const int here = row + lane / 4 + 8 * half + w.past - first;  // where the query itself stands
+        least[half] = here - p.before;
+        most[half] = smaller(here + p.after, w.k_length - 1 - first);
     }
-    if (edge) {
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            const int key = column + fragment_column(lane, i);
-            const int ahead = key - (row + fragment_row(lane, i)) - w.past;
-            if (key >= w.k_length || ahead > p.after || ahead < -p.before) scores[i] = -infinity();
-        }
+    for (int i = 0; i < COUNT; ++i) {
+        const int place = 8 * (i / 4) + i % 2;
+        if (place < least[i / 2 % 2] || place > most[i / 2 % 2]) scores[i] = -infinity();
     }
 }
 
-// Write a warp's 16 rows, divided by their sums; a row that saw no key is 0. `to` stands at the head's row 0.
+// Four lanes that share rows, l % 4 = 0 .. 3: each gives its word i to lane i, and has then word l % 4 of all four.
+TESSERA_DEVICE Words trade(const uint32_t (&word)[4], int lane) {
+    const bool odd = lane % 2 != 0, upper = lane / 2 % 2 != 0;
+    uint32_t even_lanes[2], odd_lanes[2];  // words odd and 2 + odd of both lanes of this pair
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t theirs = shuffle_xor(odd ? word[2 * i] : word[2 * i + 1], 1);
+        even_lanes[i] = odd ? theirs : word[2 * i];
+        odd_lanes[i] = odd ? word[2 * i + 1] : theirs;
+    }
+    const uint32_t even = shuffle_xor(upper ? even_lanes[0] : even_lanes[1], 2);
+    const uint32_t uneven = shuffle_xor(upper ? odd_lanes[0] : odd_lanes[1], 2);
+    return {{upper ? even : even_lanes[0], upper ? uneven : odd_lanes[0], upper ? even_lanes[1] : even,
+             upper ? odd_lanes[1] : uneven}};
+}
+
+// Sums of a warp's 16 rows, each row times its factor, two neighbours a word.
 template <class T, int COUNT>
-TESSERA_DEVICE void store_rows(
-    const float (&out)[COUNT], const Softmax& softmax, const Work& w, int row, int lane, int width, T* to, int64_t stride) {
-    float scale[2];
+TESSERA_DEVICE void pack_rows(uint32_t (&pairs)[COUNT / 2], const float (&sums)[COUNT], const float (&factor)[2]) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) scale[half] = softmax.total[half] == 0.0f ? 0.0f : 1.0f / softmax.total[half];
+    for (int i = 0; i < COUNT; i += 2)
+        pairs[i / 2] = packed<T>(sums[i] * factor[i / 2 % 2], sums[i + 1] * factor[i / 2 % 2]);
+}
+
+// Write the first `rows` of a warp's 16 in pieces of 16 bytes; a width is a multiple of 16. `to` stands at the fragment's
+// own corner. All lanes come.
+template <class T, int COUNT>
+TESSERA_DEVICE void store_rows(const uint32_t (&pairs)[COUNT], T* to, int64_t stride, int rows, int width, int lane) {
 #pragma unroll
-    for (int i = 0; i < COUNT; i += 2) {
-        const int place = row + fragment_row(lane, i), column = fragment_column(lane, i);
-        const float factor = scale[i / 2 % 2];
-        if (place < w.q_length && column < width)  // a width is even
-            *reinterpret_cast<uint32_t*>(to + place * stride + column) = packed<T>(out[i] * factor, out[i + 1] * factor);
+    for (int i = 0; i < COUNT; i += 8) {
+        const int column = 4 * i + 8 * (lane % 4);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = lane / 4 + 8 * half;
+            const uint32_t four[4] = {pairs[i + half], pairs[i + half + 2], pairs[i + half + 4], pairs[i + half + 6]};
+            const Words piece = trade(four, lane);
+            if (row < rows && column < width) store_16(to + row * stride + column, piece);
+        }
     }
 }
 

@@ -70,6 +70,11 @@ TESSERA_DEVICE float log2_fast(float x) {
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+TESSERA_DEVICE float reciprocal_fast(float x) {  // 1 ulp; the exact one is a call, which no product may run beside
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 TESSERA_DEVICE float root_reciprocal(float x) { return 1.0f / sqrtf(x); }  // rounded twice; rsqrt.approx is off by 2 ulp
 TESSERA_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
@@ -85,6 +90,7 @@ TESSERA_DEVICE void arrive_some(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 TESSERA_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+TESSERA_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 TESSERA_DEVICE bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }
 TESSERA_DEVICE int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }  // lets the compiler keep x scalar
 // Registers a thread of this warpgroup may use from here on; all four warps call it.
@@ -107,6 +113,10 @@ TESSERA_DEVICE Words load_once(const Words* from) {  // read-only data that no o
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3]) : "l"(from));
     return x;
+}
+TESSERA_DEVICE void store_16(void* to, const Words& x) {  // in one access, whatever the words are made of
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(to), "r"(x.word[0]), "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3]) : "memory");
 }
 
 // Bits that the compiler must take as new: it keeps nothing that it unpacked from them before, and reads nothing of what

@@ -112,13 +112,16 @@ void set_registers(int count) {
 
 void sync_warp() { together("sync_warp"); }
 
-float shuffle_xor(float x, int mask) {
-    struct Item { float given, found; } item{x, 0.0f};
+template <class T> T exchanged(T x, int mask) {
+    struct Item { T given, found; } item{x, T{}};
     together("shuffle_xor", item, [mask](Item** items) {
         for (int i = 0; i < LANES; ++i) items[i]->found = items[i ^ (mask & 31)]->given;
     });
     return item.found;
 }
+
+float shuffle_xor(float x, int mask) { return exchanged(x, mask); }
+uint32_t shuffle_xor(uint32_t x, int mask) { return exchanged(x, mask); }
 
 int same_in_warp(int x) {
     together("same_in_warp", x, [](int** items) {

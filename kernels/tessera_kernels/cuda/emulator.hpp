@@ -113,6 +113,7 @@ inline float exp2_fast(float x) {
     return y < 0x1p-126f ? 0.0f : y;
 }
 inline float log2_fast(float x) { return log2f(fabsf(x) < 0x1p-126f ? 0.0f : x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float root_reciprocal(float x) { return 1.0f / sqrtf(x); }
 inline float infinity() { return HUGE_VALF; }
 
@@ -123,6 +124,7 @@ void sync_warp();
 inline void sync_some(int barrier, int threads) { emulated::sync_named(barrier, threads); }
 inline void arrive_some(int barrier, int threads) { emulated::arrive_named(barrier, threads); }
 float shuffle_xor(float x, int mask);
+uint32_t shuffle_xor(uint32_t x, int mask);
 int same_in_warp(int x);
 inline bool any_in_warp(bool x) {
     float any = x;
@@ -141,6 +143,10 @@ uint32_t shared_address(const void* pointer);
 inline Words load_once(const Words* from) {
     emulated::expect_aligned(from, "load_once");
     return *from;
+}
+inline void store_16(void* to, const Words& x) {
+    emulated::expect_aligned(to, "store_16");
+    *static_cast<Words*>(to) = x;
 }
 inline void keep_packed(Words&) {}
 void copy_16(uint32_t to, const void* from, int valid);

@@ -73,17 +73,27 @@ class CudaConfig(NamedTuple):
 
     def shared_bytes(self, padded: int) -> int:
         """Shared memory of a block: `struct Tiles` of the source, its barriers included."""
-        tiles = 2 * padded * (self.block_m + 2 * self.block_n * self.stages)
+        return self._bytes(padded, self.query_stages(padded))
+
+    def query_stages(self, padded: int) -> int:
+        """Tiles of Q in shared memory: on Hopper two where they fit, so that the next one's copy hides."""
+        return 2 if self.arch == 90 and self._bytes(padded, 2) <= SHARED_BYTES else 1
+
+    def _bytes(self, padded: int, query_stages: int) -> int:
+        tiles = 2 * padded * (self.block_m * query_stages + 2 * self.block_n * self.stages)
         return tiles + (1024 if self.arch == 90 else 0)
 
 
 CONFIGS: tuple[CudaConfig, ...] = (
     CudaConfig(90, 3, 128, 2, 64),
-    CudaConfig(90, 2, 128, 2, 64),
+    CudaConfig(90, 3, 128, 4, 64),
+    CudaConfig(90, 2, 192, 2, 64),
     CudaConfig(90, 2, 128, 4, 64),
     CudaConfig(90, 2, 128, 2, 128),
     CudaConfig(90, 2, 128, 2, 128, overlap=1),
+    CudaConfig(90, 3, 64, 3, 128),
     CudaConfig(90, 2, 64, 4, 128),
+    CudaConfig(90, 2, 80, 2, 256),
     CudaConfig(90, 2, 64, 2, 256),
     CudaConfig(80, 4, 64, 2),
     CudaConfig(80, 8, 64, 2),
@@ -170,7 +180,7 @@ def _attend(
     q = heads[0]
     cut = config or choose_config(q.shape[-1], capability(q.device))
     _expect_fitting(cut, q)
-    backward = choose_backward(q.shape[-1], q.dtype, deterministic=deterministic)
+    backward = choose_backward(q.shape[-1], q.dtype)
     out, lse, _, _ = _Attention.apply(  # type: ignore[no-untyped-call]
         *heads, *starts, *longest, *rule, deterministic, list(cut), list(backward.keys), list(backward.queries)
     )
@@ -226,7 +236,10 @@ def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, query_starts: _STARTS, key_starts: _STARTS, longest_query: int, longest_key: int,
     scale: float, softcap: float, window: int, causal: bool, cut: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return out, lse, and each row's maximum before scaling and log2 sum, all rows as (sequence, head, query)."""
+    """Return out, lse, and what the backward takes each row's weights from, all rows as (sequence, head, query).
+
+    That is a score before scaling, near the row's largest, and the log2 of the row's sum relative to it.
+    """
     rule, cfg = Rule(scale, softcap, window, causal), CudaConfig(*cut)
     made = fake_forward(
         q, k, v, query_starts, key_starts, longest_query, longest_key, scale, softcap, window, causal, cut
@@ -239,14 +252,17 @@ def _run_forward(
     q, k, v = (x if describable(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     sizes, count = _problem(q, k, query_starts, longest_query, longest_key, rule, cfg)
     starts = (query_starts, key_starts)
+    capped = rule.softcap > 0.0
     numbers = (q.shape[-1], rule.unit * math.log2(math.e), rule.inner)
     padded = padded_width(q.shape[-1])
     where: dict[str, Any] = {"block": cfg.threads, "like": q, "shared_bytes": cfg.shared_bytes(padded)}
     if cfg.arch == 90:
         boxes = ((q, cfg.block_m), (k, cfg.block_n), (v, cfg.block_n))
         maps = [tensor_map(_four(x), (1, 1, rows, 64)) for x, rows in boxes]
-        arguments = [*maps, *made, *starts, *_outer(made[0]), *sizes, count, *numbers]
-        launch(hopper(q.dtype, padded, cfg), grid=(min(count, num_sms(q.device)), 1, 1), arguments=arguments, **where)
+        across = min(count, num_sms(q.device))
+        turning = query_starts is None and turns(tuple(sizes), cfg.block_m, cfg.block_n, across)
+        arguments = [*maps, *made, *starts, *_outer(made[0]), *sizes, count, int(turning), *numbers]
+        launch(hopper(q.dtype, padded, cfg, capped), grid=(across, 1, 1), arguments=arguments, **where)
     else:
         strides = [stride for x in (q, k, v, made[0]) for stride in _outer(x)]
         arguments = [q, k, v, *made, *starts, *strides, *sizes, *numbers]
@@ -254,11 +270,46 @@ def _run_forward(
     return made
 
 
+@functools.lru_cache(maxsize=256)
+def turns(sizes: tuple[int, ...], block_m: int, block_n: int, across: int) -> bool:
+    """Do `across` blocks end sooner when every other wave of a dense forward's tiles runs backwards?
+
+    `sizes` as `_problem` has them.
+    """
+    sequences, queries, keys, heads, _, section, blocks, before, after = sizes
+    first = torch.arange(blocks - 1, -1, -1, device="cpu") * block_m + keys - queries  # key positions of first queries
+    last = (first + block_m).clamp(max=keys) - 1
+    low = (first - before).clamp(min=0) // block_n * block_n
+    return _turns((last + after + 1).clamp(0, keys) - low, block_n, sequences * heads, section, across)
+
+
+@functools.lru_cache(maxsize=256)
+def backward_turns(sizes: tuple[int, ...], across: int) -> bool:
+    """As `turns`, of the backward's tiles of 128 keys and the queries that see them."""
+    sequences, queries, keys, heads, group, section, _, before, after = sizes
+    first = torch.arange(0, keys, 128, device="cpu") - (keys - queries)  # where the first key stands among queries
+    low = (first - after).clamp(min=0) // BACKWARD_QUERIES * BACKWARD_QUERIES
+    high = ((first + 128).clamp(max=queries) + before).clamp(0, queries)
+    return _turns((high - low) * group, BACKWARD_QUERIES, sequences * heads // group, section, across)
+
+
+def _turns(work: Tensor, step: int, lanes: int, section: int, across: int) -> bool:
+    """`work` of a head's tiles as they are taken; a block's time is its steps, and one more for each tile."""
+    cost = (work.clamp(min=0) + step - 1) // step + 1
+    whole, rest = divmod(lanes, section)
+    costs = torch.cat([cost.repeat_interleave(section).repeat(whole), cost.repeat_interleave(rest)])
+    waves = torch.nn.functional.pad(costs, (0, -len(costs) % across)).view(-1, across)
+    straight = waves.sum(0).max()
+    waves[1::2] = waves[1::2].flip(1)
+    return bool(waves.sum(0).max() < straight)
+
+
 @functools.cache
-def hopper(dtype: torch.dtype, padded: int, cfg: CudaConfig) -> Kernel:
-    """Return the specialization of `flash_attention_sm90.cu`."""
+def hopper(dtype: torch.dtype, padded: int, cfg: CudaConfig, capped: bool = False) -> Kernel:
+    """Return the specialization of `flash_attention_sm90.cu`; `capped`: with a soft cap."""
     defines = (("TYPE", NAMES[dtype]), ("PADDED", padded), ("CONSUMERS", cfg.groups), ("BLOCK_N", cfg.block_n))
-    return Kernel("flash_attention_sm90.cu", ENTRY, (*defines, ("STAGES", cfg.stages)), needs="sm_90a")
+    stages = (("STAGES", cfg.stages), ("QUERY_STAGES", cfg.query_stages(padded)), ("SOFTCAP", int(capped)))
+    return Kernel("flash_attention_sm90.cu", ENTRY, defines + stages, needs="sm_90a")
 
 
 @functools.cache
@@ -299,15 +350,18 @@ def _run_backward(
     sizes[6] = blocks = -(-queries // BACKWARD_QUERIES)
     tiles = (rows * heads, blocks, 1)  # the second may not exceed 65,535
     numbers = torch.empty(rows * heads * blocks, 3, BACKWARD_QUERIES, dtype=torch.float32, device=q.device)
-    sums = torch.zeros(rows * heads * blocks, BACKWARD_QUERIES, 128, dtype=torch.float32, device=q.device)
+    sums = numbers.new_empty(rows * heads * blocks, BACKWARD_QUERIES, 128)
     prepare, main, finish = (backward(q.dtype, cfg.overlap, entry) for entry in BACKWARD_ENTRIES)
-    given = [out, dout, dlse, top, spread, numbers, queries, heads, blocks, *_outer(dout), width]
+    given = [out, dout, dlse, top, spread, numbers, sums, queries, heads, blocks, *_outer(dout), width]
     launch(prepare, grid=tiles, block=256, arguments=given, like=q)
     boxes = ((q, BACKWARD_QUERIES), (k, 128), (v, 128), (dout, BACKWARD_QUERIES))
     maps = [tensor_map(_four(x), (1, 1, count, 64)) for x, count in boxes]
+    count = -(-k.shape[1] // 128) * rows * k.shape[2]
+    across = min(count, num_sms(q.device))
+    order = [count, int(backward_turns(tuple(sizes), across))]
     launch(
-        main, grid=(-(-k.shape[1] // 128) * rows * k.shape[2], 1, 1), block=384, shared_bytes=BACKWARD_BYTES, like=q,
-        arguments=[*maps, numbers, sums, dk, dv, *sizes, width, rule.unit * math.log2(math.e), rule.scale],
+        main, grid=(across, 1, 1), block=384, shared_bytes=BACKWARD_BYTES, like=q,
+        arguments=[*maps, numbers, sums, dk, dv, *sizes, *order, width, rule.unit * math.log2(math.e), rule.scale],
     )  # fmt: skip
     launch(finish, grid=tiles, block=256, arguments=[sums, dq, queries, heads, blocks, width, rule.scale], like=q)
     return dq, dk, dv
@@ -352,4 +406,5 @@ def specializations() -> list[Kernel]:
         for padded in (64, 128, 256) if cfg.width == 0 else (cfg.width,):
             source = hopper if cfg.arch == 90 else ampere
             found += [source(dtype, padded, cfg) for dtype in DTYPES if cfg.shared_bytes(padded) <= SHARED_BYTES]
+    found += [hopper(dtype, padded, choose_config(padded, 90), True) for dtype in DTYPES for padded in (64, 128, 256)]
     return found + [backward(dtype, overlap, BACKWARD_ENTRIES[1]) for dtype in DTYPES for overlap in (1, 2)]

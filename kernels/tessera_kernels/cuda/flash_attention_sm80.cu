@@ -116,7 +116,8 @@ TESSERA_KERNEL(THREADS) flash_attention_forward(
         if (step + 1 < steps) copy_rows<BLOCK_N>(shared_address(tiles.k[next]), k_rows, column - BLOCK_N);
         copy_commit();
         multiply_scores(scores, q_tile, shared_address(tiles.k[now]), lane);
-        hide(scores, w, p, row, column, lane, inner, column < w.whole_low || column >= w.whole_high);
+        if (inner != 0.0f) cap(scores, inner);
+        if (column < w.whole_low || column >= w.whole_high) hide(scores, w, p, row, column, lane);
         softmax.weigh(scores, unit, fade);
 #pragma unroll
         for (int i = 0; i < PADDED / 2; ++i) result[i] *= fade[i / 2 % 2];
@@ -126,10 +127,12 @@ TESSERA_KERNEL(THREADS) flash_attention_forward(
         copy_commit();
         multiply_values(result, scores, shared_address(tiles.v[now]), lane);
     }
-    softmax.finish();
-    store_rows<TYPE>(
-        result, softmax, w, row, lane, width, out + w.batch * stride_ob + w.head * stride_on + w.q_first * stride_ot,
-        stride_ot);
+    float factor[2];
+    uint32_t pairs[PADDED / 4];
+    softmax.finish(factor);
+    pack_rows<TYPE>(pairs, result, factor);
+    TYPE* to = out + w.batch * stride_ob + w.head * stride_on + (w.q_first + row) * stride_ot;
+    store_rows(pairs, to, stride_ot, w.q_length - row, width, lane);
     store_statistics(softmax, w, p, row, lane, unit, lse, top, spread);
 }
 TESSERA_ENTRY(flash_attention_forward)

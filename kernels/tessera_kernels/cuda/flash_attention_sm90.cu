@@ -4,16 +4,21 @@
 //
 //     warpgroup 0, one thread     copies Q, then K and V tile by tile, last keys first, into rings of STAGES
 //     warpgroups 1 .. CONSUMERS   64 queries each: while P V of one tile runs, the softmax of the next runs beside it,
-//                                 and named barriers let one warpgroup's softmax run beside another's products
+//                                 and named barriers let one warpgroup's softmax run beside another's products; rows of
+//                                 one tile of queries are written while the next one's first scores are made
 //
 //     HBM        q, k, v read; out, lse, top and spread written
-//     shared     Q [64 CONSUMERS, D]; K and V [BLOCK_N, D] x STAGES each, in panels of 64 columns, 128-byte swizzle
+//     shared     Q [64 CONSUMERS, D] x QUERY_STAGES; K and V [BLOCK_N, D] x STAGES each, in panels of 64 columns, 128-byte
+//                swizzle
 //     registers  S and P of [64, BLOCK_N], out [64, D] in float32, top and sum of two rows a thread
 //
-// A block stays on its multiprocessor and takes every gridDim.x-th tile, so that the copies of the next begin under the
-// last products of the one before. Reference: tessera_kernels.reference.flash_attention.
+// A block stays on its multiprocessor and takes a tile of every wave of gridDim.x, so that the copies of the next (with two
+// stages of Q, all of its Q) run under the products of the one before. When causal, a wave's first tiles are its heaviest:
+// with `turning` every other wave runs backwards, where the host found that to be the better balance.
+// Reference: tessera_kernels.reference.flash_attention.
 //
-// Defined by the host: TYPE (bf16, f16), PADDED (64, 128, 256), CONSUMERS, BLOCK_N, STAGES.
+// Defined by the host: TYPE (bf16, f16), PADDED (64, 128, 256), CONSUMERS, BLOCK_N, STAGES, QUERY_STAGES (1, 2), SOFTCAP
+// (0, 1).
 #include "attention.cuh"
 
 constexpr int BLOCK_M = 64 * CONSUMERS;
@@ -26,10 +31,10 @@ constexpr int SPARED = CONSUMERS == 2 ? 24 : 32;
 
 // Everything in shared memory; the host asks for sizeof(Tiles) and 1,024 bytes to align it.
 struct Tiles {
-    alignas(1024) unsigned char q[Q_BYTES];
+    alignas(1024) unsigned char q[QUERY_STAGES][Q_BYTES];
     alignas(1024) unsigned char k[STAGES][TILE_BYTES];
     alignas(1024) unsigned char v[STAGES][TILE_BYTES];
-    uint64_t q_full, q_empty;
+    uint64_t q_full[QUERY_STAGES], q_empty[QUERY_STAGES];
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 
@@ -42,17 +47,18 @@ TESSERA_DEVICE void load_rows(
 }
 
 TESSERA_DEVICE void copy_all(
-    Tiles& tiles, const Problem& p, int count, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map) {
+    Tiles& tiles, const Problem& p, int count, int turning, const TensorMap* q_map, const TensorMap* k_map,
+    const TensorMap* v_map) {
+    Turn<QUERY_STAGES> q_turn;
     Turn<STAGES> k_turn, v_turn;
-    int q_parity = 0;
-    for (int tile = blockIdx.x; tile < count; tile += gridDim.x) {
+    for (int wave = 0, tile; (tile = tile_of(wave, turning)) < count; ++wave) {
         const Work w = work_of<BLOCK_M, BLOCK_N>(p, tile);
         const int steps = tiles_of<BLOCK_N>(w);
         if (steps == 0) continue;
         const int kv_head = w.head / p.group;
-        barrier_wait(&tiles.q_empty, q_parity ^ 1);
-        q_parity ^= 1;
-        load_rows(tiles.q, q_map, &tiles.q_full, BLOCK_M, w.q_first + w.row, w.head, w.batch);
+        barrier_wait(&tiles.q_empty[q_turn.stage], q_turn.parity ^ 1);
+        load_rows(tiles.q[q_turn.stage], q_map, &tiles.q_full[q_turn.stage], BLOCK_M, w.q_first + w.row, w.head, w.batch);
+        q_turn.next();
         for (int step = 0; step <= steps; ++step) {  // keys run one tile ahead of values
             if (step < steps) {
                 barrier_wait(&tiles.k_empty[k_turn.stage], k_turn.parity ^ 1);
@@ -83,23 +89,25 @@ TESSERA_DEVICE void pass_turn(int group) { let_go(group, 0, CONSUMERS); }
 
 // S = Q K^T of this warpgroup's 64 queries.
 TESSERA_DEVICE void issue_scores(float (&scores)[BLOCK_N / 2], uint32_t q, uint32_t k) {
+    const uint64_t q_tile = tile_descriptor(q, 0), k_tile = tile_descriptor(k, 0);
     group_fence();
 #pragma unroll
     for (int slice = 0; slice < PADDED / 16; ++slice) {
         const uint32_t panel = slice / 4, inside = slice % 4 * 32;
         group_product<TYPE, BLOCK_N>(
-            scores, tile_descriptor(q + panel * BLOCK_M * 128 + inside, 0),
-            tile_descriptor(k + panel * BLOCK_N * 128 + inside, 0), slice > 0);
+            scores, further(q_tile, panel * BLOCK_M * 128 + inside), further(k_tile, panel * BLOCK_N * 128 + inside),
+            slice > 0);
     }
     group_commit();
 }
 
 // out += P V.
 TESSERA_DEVICE void issue_mix(float (&out)[PADDED / 2], const uint32_t (&weights)[BLOCK_N / 16][4], uint32_t v) {
+    const uint64_t tile = tile_descriptor(v, BLOCK_N * 128);
     group_fence();
 #pragma unroll
     for (int slice = 0; slice < BLOCK_N / 16; ++slice)
-        group_product<TYPE, PADDED>(out, weights[slice], tile_descriptor(v + slice * 2048, BLOCK_N * 128), 1);
+        group_product<TYPE, PADDED>(out, weights[slice], further(tile, slice * 2048), 1);
     group_commit();
 }
 
@@ -115,81 +123,142 @@ TESSERA_DEVICE void clear_past_end(unsigned char* v, int keys, int group, int th
     sync_some(8 + group, 128);
 }
 
-TESSERA_DEVICE void attend_all(
-    Tiles& tiles, const Problem& p, int count, int width, float unit, float inner, TYPE* out_ptr, float* lse, float* top,
-    float* spread, int64_t stride_b, int64_t stride_t, int64_t stride_n) {
+struct Outputs {
+    TYPE* out;
+    float *lse, *top, *spread;
+    int64_t stride_b, stride_t, stride_n;
+    int width;
+    float unit;
+};
+
+// What a warp has finished and not written: its 16 rows, those of `row` and after in their sequence.
+struct Finished {
+    uint32_t pairs[PADDED / 4];
+    Softmax softmax;
+    Work work;
+    int row;
+
+    TESSERA_DEVICE void clear(const Work& w, int first) {
+        softmax.clear();
+        work = w;
+        row = first;
+#pragma unroll
+        for (int i = 0; i < PADDED / 4; ++i) pairs[i] = 0;
+    }
+
+    TESSERA_DEVICE void take(const float (&out)[PADDED / 2], const Softmax& s, const Work& w, int first) {
+        float factor[2];
+        softmax = s;
+        work = w;
+        row = first;
+        softmax.finish(factor);
+        pack_rows<TYPE>(pairs, out, factor);
+    }
+
+    TESSERA_DEVICE void write(const Problem& p, const Outputs& to, int lane) const {
+        TYPE* head = to.out + work.batch * to.stride_b + work.head * to.stride_n + work.q_first * to.stride_t;
+        store_rows(pairs, head + row * to.stride_t, to.stride_t, work.q_length - row, to.width, lane);
+        store_statistics(softmax, work, p, row, lane, to.unit, to.lse, to.top, to.spread);
+    }
+};
+
+// Go on to the next tile that sees any key; rows that see none are written on the way.
+TESSERA_DEVICE bool find(
+    Work& w, int& wave, const Problem& p, int count, int turning, const Outputs& to, int inside, int lane) {
+    for (int tile; (tile = tile_of(++wave, turning)) < count;) {
+        w = work_of<BLOCK_M, BLOCK_N>(p, tile);
+        if (tiles_of<BLOCK_N>(w) > 0) return true;
+        if (w.row >= w.q_length) continue;
+        Finished blind;
+        blind.clear(w, w.row + inside);
+        blind.write(p, to, lane);
+    }
+    return false;
+}
+
+TESSERA_DEVICE void attend_all(Tiles& tiles, const Problem& p, int count, int turning, float inner, const Outputs& to) {
     const int group = same_in_warp(static_cast<int>(threadIdx.x) / 128) - 1;
     const int thread = threadIdx.x % 128, lane = thread % 32;
-    const bool speaks = lane == 0;  // for its warp, at barriers that the copying thread waits on
-    const uint32_t q = shared_address(tiles.q) + group * 64 * 128;
+    const int inside = group * 64 + thread / 32 * 16;  // where this warp's 16 queries begin in a tile
+    const bool speaks = lane == 0;                     // for its warp, at barriers that the copying thread waits on
+    Turn<QUERY_STAGES> q_turn;
     Turn<STAGES> k_turn, v_turn;
-    int q_parity = 0;
+    float scores[BLOCK_N / 2];
+    uint32_t q;
+    Work w;
+    Finished done;
+    done.clear({}, 0);  // no rows
+    int wave = -1;
+    const auto score = [&]() {
+        barrier_wait(&tiles.k_full[k_turn.stage], k_turn.parity);
+        take_turn(group);
+        issue_scores(scores, q, shared_address(tiles.k[k_turn.stage]));
+    };
+    const auto begin = [&]() {  // the first scores of a tile
+        q = shared_address(tiles.q[q_turn.stage]) + group * 64 * 128;
+        barrier_wait(&tiles.q_full[q_turn.stage], q_turn.parity);
+        score();
+        pass_turn(group);
+    };
+    const auto scored = [&]() {
+        settled(scores);
+        if (speaks) barrier_arrive(&tiles.k_empty[k_turn.stage]);
+        k_turn.next();
+    };
     let_go(group, 0, group);  // as if it had had a turn before all those in front of it
-    for (int tile = blockIdx.x; tile < count; tile += gridDim.x) {
-        const Work w = work_of<BLOCK_M, BLOCK_N>(p, tile);
-        if (w.row >= w.q_length) continue;
-        const int steps = tiles_of<BLOCK_N>(w);
-        const int row = w.row + group * 64 + thread / 32 * 16;  // of this warp's 16 queries
+    while (find(w, wave, p, count, turning, to, inside, lane)) {
+        if (QUERY_STAGES == 2) begin();  // beside which the tile before is written
+        done.write(p, to, lane);
+        if (QUERY_STAGES == 1) begin();
+        const int steps = tiles_of<BLOCK_N>(w), row = w.row + inside;
         Softmax softmax;
         softmax.clear();
-        float out[PADDED / 2];
+        float out[PADDED / 2], fade[2];
+        uint32_t weights[BLOCK_N / 16][4];
 #pragma unroll
         for (int i = 0; i < PADDED / 2; ++i) out[i] = 0.0f;
-        if (steps > 0) {
-            float scores[BLOCK_N / 2], fade[2];
-            uint32_t weights[BLOCK_N / 16][4];
-            int column = w.low + (steps - 1) * BLOCK_N;
-            barrier_wait(&tiles.q_full, q_parity);
-            q_parity ^= 1;
-            barrier_wait(&tiles.k_full[k_turn.stage], k_turn.parity);
-            take_turn(group);
-            issue_scores(scores, q, shared_address(tiles.k[k_turn.stage]));
-            pass_turn(group);
-            group_wait<0>();
-            settled(scores);
-            if (speaks) barrier_arrive(&tiles.k_empty[k_turn.stage]);
-            k_turn.next();
-            hide(scores, w, p, row, column, lane, inner, column < w.whole_low || column >= w.whole_high);
-            softmax.weigh(scores, unit, fade);
-            round_fragments<TYPE>(weights, scores);
-            for (int step = 1; step < steps; ++step) {
-                const int ahead = column - BLOCK_N;
-                barrier_wait(&tiles.k_full[k_turn.stage], k_turn.parity);
-                take_turn(group);
-                issue_scores(scores, q, shared_address(tiles.k[k_turn.stage]));
-                barrier_wait(&tiles.v_full[v_turn.stage], v_turn.parity);
-                if (step == 1) clear_past_end(tiles.v[v_turn.stage], w.k_length - column, group, thread);
-                issue_mix(out, weights, shared_address(tiles.v[v_turn.stage]));
-                pass_turn(group);
-                group_wait<1>();
-                settled(scores);
-                if (speaks) barrier_arrive(&tiles.k_empty[k_turn.stage]);
-                k_turn.next();
-                hide(scores, w, p, row, ahead, lane, inner, ahead < w.whole_low || ahead >= w.whole_high);
-                softmax.weigh(scores, unit, fade);
-                group_wait<0>();
-                settled(out);
-                if (speaks) barrier_arrive(&tiles.v_empty[v_turn.stage]);
-                v_turn.next();
-                round_fragments<TYPE>(weights, scores);
-#pragma unroll
-                for (int i = 0; i < PADDED / 2; ++i) out[i] *= fade[i / 2 % 2];
-                column = ahead;
-            }
-            if (speaks) barrier_arrive(&tiles.q_empty);
+        int column = w.low + (steps - 1) * BLOCK_N;
+        group_wait<0>();
+        scored();
+        if constexpr (SOFTCAP) cap(scores, inner);
+        if (column < w.whole_low || column >= w.whole_high) hide(scores, w, p, row, column, lane);
+        softmax.weigh(scores, to.unit, fade);
+        round_fragments<TYPE>(weights, scores);
+        for (int step = 1; step < steps; ++step) {
+            const int ahead = column - BLOCK_N;
+            score();
             barrier_wait(&tiles.v_full[v_turn.stage], v_turn.parity);
-            if (steps == 1) clear_past_end(tiles.v[v_turn.stage], w.k_length - column, group, thread);
+            if (step == 1) clear_past_end(tiles.v[v_turn.stage], w.k_length - column, group, thread);
             issue_mix(out, weights, shared_address(tiles.v[v_turn.stage]));
+            pass_turn(group);
+            group_wait<1>();
+            scored();
+            if constexpr (SOFTCAP) cap(scores, inner);
+            if (ahead < w.whole_low || ahead >= w.whole_high) hide(scores, w, p, row, ahead, lane);
+            const bool shrinks = softmax.weigh(scores, to.unit, fade);
             group_wait<0>();
             settled(out);
             if (speaks) barrier_arrive(&tiles.v_empty[v_turn.stage]);
             v_turn.next();
+            round_fragments<TYPE>(weights, scores);
+            if (shrinks) {
+#pragma unroll
+                for (int i = 0; i < PADDED / 2; ++i) out[i] *= fade[i / 2 % 2];
+            }
+            column = ahead;
         }
-        softmax.finish();
-        TYPE* head = out_ptr + w.batch * stride_b + w.head * stride_n + w.q_first * stride_t;
-        store_rows<TYPE>(out, softmax, w, row, lane, width, head, stride_t);
-        store_statistics(softmax, w, p, row, lane, unit, lse, top, spread);
+        if (speaks) barrier_arrive(&tiles.q_empty[q_turn.stage]);
+        q_turn.next();
+        barrier_wait(&tiles.v_full[v_turn.stage], v_turn.parity);
+        if (steps == 1) clear_past_end(tiles.v[v_turn.stage], w.k_length - column, group, thread);
+        issue_mix(out, weights, shared_address(tiles.v[v_turn.stage]));
+        group_wait<0>();
+        settled(out);
+        if (speaks) barrier_arrive(&tiles.v_empty[v_turn.stage]);
+        v_turn.next();
+        done.take(out, softmax, w, row);
     }
+    done.write(p, to, lane);
     take_turn(group);  // no barrier may be left half full
     let_go(group, group + 1, CONSUMERS);
 }
@@ -198,14 +267,16 @@ TESSERA_KERNEL(THREADS) flash_attention_forward(
     const TESSERA_GRID_CONSTANT TensorMap q_map, const TESSERA_GRID_CONSTANT TensorMap k_map,
     const TESSERA_GRID_CONSTANT TensorMap v_map, TYPE* out, float* lse, float* top, float* spread,
     const int* query_starts, const int* key_starts, int64_t stride_b, int64_t stride_t, int64_t stride_n, int sequences,
-    int queries, int keys, int heads, int group, int section, int blocks, int before, int after, int count, int width,
-    float unit, float inner) {
+    int queries, int keys, int heads, int group, int section, int blocks, int before, int after, int count,
+    int turning, int width, float unit, float inner) {
     TESSERA_SHARED(memory);
     Tiles& tiles = *reinterpret_cast<Tiles*>(memory);
     const Problem p = {query_starts, key_starts, sequences, queries, keys, heads, group, section, blocks, before, after};
     if (threadIdx.x == 0) {
-        barrier_init(&tiles.q_full, 1);
-        barrier_init(&tiles.q_empty, 4 * CONSUMERS);
+        for (int stage = 0; stage < QUERY_STAGES; ++stage) {
+            barrier_init(&tiles.q_full[stage], 1);
+            barrier_init(&tiles.q_empty[stage], 4 * CONSUMERS);
+        }
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(&tiles.k_full[stage], 1);
             barrier_init(&tiles.v_full[stage], 1);
@@ -220,10 +291,11 @@ TESSERA_KERNEL(THREADS) flash_attention_forward(
     sync_threads();
     if (threadIdx.x < 128) {
         fewer_registers<SPARED>();
-        if (threadIdx.x == 0) copy_all(tiles, p, count, &q_map, &k_map, &v_map);
+        if (threadIdx.x == 0) copy_all(tiles, p, count, turning, &q_map, &k_map, &v_map);
     } else {
         more_registers<REGISTERS>();
-        attend_all(tiles, p, count, width, unit, inner, out, lse, top, spread, stride_b, stride_t, stride_n);
+        const Outputs to = {out, lse, top, spread, stride_b, stride_t, stride_n, width, unit};
+        attend_all(tiles, p, count, turning, inner, to);
     }
 }
 TESSERA_ENTRY(flash_attention_forward)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tessera_kernels.checks import expect_between, expect_multiple
 from tessera_kernels.cuda._launch import Int64, Kernel, expect_cuda_device, launch, shared_bytes_of
-from tessera_kernels.launching import FLOATS, as_rows, graph_op, num_sms
+from tessera_kernels.launching import FLOATS, SHARED_BYTES, as_rows, graph_op, num_sms
 from tessera_kernels.norm_rule import AddNorm, Norm, check_norm, fake_backward, fake_forward
 from tessera_shared.errors import KernelError
 
@@ -31,7 +31,7 @@ class RowConfig(NamedTuple):
     row_threads: int  # most threads of one row; a row that they cannot hold is read twice
     threads: int  # of a block, at least: short rows share one
     blocks_per_sm: int  # 0 = a block for each group of rows; the backward needs at least 1
-    stages: int  # rows read ahead (backward); 0 = none
+    stages: int  # rows read ahead (backward); 0 = none. Where nobody chose, as many of them as fit shared memory
 
 
 class NormConfig(NamedTuple):
@@ -42,11 +42,11 @@ class NormConfig(NamedTuple):
 
 
 CONFIGS: tuple[NormConfig, ...] = (
-    NormConfig(RowConfig(4, 512, 128, 0, 0), RowConfig(4, 512, 512, 1, 2)),
-    NormConfig(RowConfig(2, 512, 128, 0, 0), RowConfig(4, 512, 512, 1, 1)),
-    NormConfig(RowConfig(4, 512, 256, 0, 0), RowConfig(2, 512, 512, 1, 3)),
-    NormConfig(RowConfig(8, 512, 128, 0, 0), RowConfig(4, 512, 512, 1, 3)),
-    NormConfig(RowConfig(4, 512, 128, 6, 0), RowConfig(4, 512, 512, 1, 0)),
+    NormConfig(RowConfig(4, 512, 128, 0, 0), RowConfig(4, 512, 512, 1, 3)),
+    NormConfig(RowConfig(2, 512, 128, 0, 0), RowConfig(2, 512, 512, 1, 4)),
+    NormConfig(RowConfig(4, 512, 64, 0, 0), RowConfig(2, 512, 512, 1, 3)),
+    NormConfig(RowConfig(8, 512, 128, 0, 0), RowConfig(4, 512, 512, 1, 2)),
+    NormConfig(RowConfig(4, 512, 128, 8, 0), RowConfig(4, 512, 512, 1, 0)),
     NormConfig(RowConfig(4, 512, 512, 0, 0), RowConfig(2, 512, 512, 1, 2)),
 )
 """Every configuration that the GPU lane runs and the sweep times; `choose_config` picks for a width."""
@@ -133,7 +133,7 @@ def specializations() -> Sequence[Kernel]:
                     for is_aligned, is_wide in kinds:
                         flags = (dtype, add, after_cast, is_aligned, is_wide)
                         found.append(_kernel("forward", config.forward.held, 0, *flags))
-                        stages = 0 if is_wide else config.backward.stages
+                        stages = 0 if is_wide else _most_stages(config.backward, 2 + add, dtype)
                         found.append(_kernel("backward", config.backward.held, stages, *flags))
     return found
 
@@ -184,7 +184,8 @@ def _run_forward(
         block=(cut.row_threads, cut.rows, 1),
         shared_bytes=_sum_bytes(cut) + _passage_bytes(cut, chosen, is_aligned),
         arguments=(
-            x, other, gain, y, total, rstd, Int64(x.stride(0)), Int64(other.stride(0)), num_rows, width, float(eps),
+            x, other, gain, y, total, rstd, Int64(x.stride(0)), Int64(other.stride(0)), num_rows, width, 1.0 / width,
+            float(eps),
         ),
         like=x,
     )  # fmt: skip
@@ -220,7 +221,7 @@ def _run_backward(
         shared_bytes=shared_bytes,
         arguments=(
             dy, x, gain, rstd, passed, dx, partial, Int64(dy.stride(0)), Int64(x.stride(0)), Int64(passed.stride(0)),
-            num_rows, width,
+            num_rows, width, 1.0 / width,
         ),
         like=x,
     )  # fmt: skip
@@ -275,13 +276,18 @@ def _staging(
         ring = stages * inputs * config.held * 16 * BLOCK_THREADS
         kept_gain = config.held * 16 * cut.row_threads if stages else 0
         used = _sum_bytes(cut) + kept_gain + ring + _passage_bytes(cut, config, is_aligned)
-        used = max(used, 16 // itemsize * 4 * config.held * cut.row_threads if cut.rows > 1 else 0)
+        used = max(used, 16 // itemsize * 4 * config.held * cut.row_threads * cut.rows)
         if used <= most:
             return stages, used
     raise KernelError(
         f"stages = {config.stages}: expected fewer, because {inputs} rows of {config.held} pieces a thread lie in shared "
         f"memory for each, {used} bytes of at most {most}; try config=None"
     )
+
+
+def _most_stages(config: RowConfig, inputs: int, dtype: torch.dtype) -> int:
+    """Return how many rows are read ahead on Hopper where one row takes the whole block."""
+    return _staging(Cut(BLOCK_THREADS, 1, False), config, inputs, True, dtype.itemsize, SHARED_BYTES, True)[0]
 
 
 @functools.cache

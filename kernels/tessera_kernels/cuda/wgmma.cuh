@@ -19,14 +19,17 @@
 #define TESSERA_R14 "%112, %113, %114, %115, %116, %117, %118, %119"
 #define TESSERA_R15 "%120, %121, %122, %123, %124, %125, %126, %127"
 #define TESSERA_LIST32 TESSERA_R0 ", " TESSERA_R1 ", " TESSERA_R2 ", " TESSERA_R3
-#define TESSERA_LIST64 TESSERA_LIST32 ", " TESSERA_R4 ", " TESSERA_R5 ", " TESSERA_R6 ", " TESSERA_R7
-#define TESSERA_LIST128 TESSERA_LIST64 ", " TESSERA_R8 ", " TESSERA_R9 ", " TESSERA_R10 ", " TESSERA_R11 ", " \
-                        TESSERA_R12 ", " TESSERA_R13 ", " TESSERA_R14 ", " TESSERA_R15
+#define TESSERA_LIST40 TESSERA_LIST32 ", " TESSERA_R4
+#define TESSERA_LIST64 TESSERA_LIST40 ", " TESSERA_R5 ", " TESSERA_R6 ", " TESSERA_R7
+#define TESSERA_LIST96 TESSERA_LIST64 ", " TESSERA_R8 ", " TESSERA_R9 ", " TESSERA_R10 ", " TESSERA_R11
+#define TESSERA_LIST128 TESSERA_LIST96 ", " TESSERA_R12 ", " TESSERA_R13 ", " TESSERA_R14 ", " TESSERA_R15
 #define TESSERA_D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define TESSERA_D32(i) TESSERA_D8(i), TESSERA_D8(i + 8), TESSERA_D8(i + 16), TESSERA_D8(i + 24)
 #define TESSERA_OUT32 TESSERA_D32(0)
+#define TESSERA_OUT40 TESSERA_D32(0), TESSERA_D8(32)
 #define TESSERA_OUT64 TESSERA_D32(0), TESSERA_D32(32)
-#define TESSERA_OUT128 TESSERA_OUT64, TESSERA_D32(64), TESSERA_D32(96)
+#define TESSERA_OUT96 TESSERA_OUT64, TESSERA_D32(64)
+#define TESSERA_OUT128 TESSERA_OUT96, TESSERA_D32(96)
 
 // d (+)= a b: both from shared memory, both K-major; `keep` 0 overwrites d.
 template <class T, int N> struct Product;
@@ -69,9 +72,13 @@ template <class T, int N> TESSERA_DEVICE void group_product_flipped(float (&d)[N
         }                                                                                                                \
     };
 TESSERA_PRODUCT(bf16, "bf16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
+TESSERA_PRODUCT(bf16, "bf16", 80, 40, "%40", "%41", "%42", "%43", "%44", "%45")
+TESSERA_PRODUCT(bf16, "bf16", 192, 96, "%96", "%97", "%98", "%99", "%100", "%101")
 TESSERA_PRODUCT(bf16, "bf16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
 TESSERA_PRODUCT(bf16, "bf16", 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 TESSERA_PRODUCT(f16, "f16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
+TESSERA_PRODUCT(f16, "f16", 80, 40, "%40", "%41", "%42", "%43", "%44", "%45")
+TESSERA_PRODUCT(f16, "f16", 192, 96, "%96", "%97", "%98", "%99", "%100", "%101")
 TESSERA_PRODUCT(f16, "f16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
 TESSERA_PRODUCT(f16, "f16", 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 // clang-format on

@@ -13,10 +13,43 @@ from tessera_kernels.triton._row_math import LOWEST, exp, found_logit, label_los
 
 
 @triton.jit
-def _capped(z, softcap, CAPPED: tl.constexpr):
+def capped(z, softcap, CAPPED: tl.constexpr):
+    """Return logits as the softmax sees them."""
     if CAPPED:
         return softcap * tanh(z / softcap)
     return z
+
+
+@triton.jit
+def slope_of_cap(z, softcap):
+    """Return by how much a capped logit z grows when the product grows by 1."""
+    return (1.0 - z / softcap) * (1.0 + z / softcap)
+
+
+@triton.jit
+def _logits(row, columns, width, padded, LAST: tl.constexpr):
+    """Load logits; only a row's LAST tile has columns that nobody wrote."""
+    if LAST:
+        return tl.where(columns < width, tl.load(row + columns, mask=columns < padded, other=0.0), 0.0)
+    return tl.load(row + columns)
+
+
+@triton.jit
+def _tile_sums(
+    row, columns, width, padded, own_id, top, rests, moments, softcap, CAPPED: tl.constexpr, LAST: tl.constexpr
+):
+    """Carry the sums over one tile; they fade only where it has a new maximum, which few tiles have."""
+    raw = _logits(row, columns, width, padded, LAST)
+    z = capped(raw, softcap, CAPPED)
+    growth = raw * slope_of_cap(z, softcap) if CAPPED else raw
+    if LAST:
+        z = tl.where(columns < width, z, -float("inf"))
+    new_top = tl.maximum(top, tl.max(z, 0))
+    if new_top > top:
+        fade = exp(top - new_top)
+        rests, moments = rests * fade, moments * fade
+    e = tl.where(columns == own_id, 0.0, exp(z - new_top))
+    return new_top, rests + e, moments + tl.where(e > 0.0, e * growth, 0.0)
 
 
 @triton.jit
@@ -28,24 +61,38 @@ def _sums(
     same sum with each term times what z grows by when h W^T grows by itself)."""
     lanes = tl.arange(0, BLOCK)
     rests, moments = tl.where(lanes == 0, rest, 0.0), tl.where(lanes == 0, moment, 0.0)
-    for start in tl.range(0, width, BLOCK, num_stages=STAGES):
-        columns = start + lanes
-        raw = tl.where(columns < width, tl.load(row + columns, mask=columns < padded, other=0.0), 0.0)
-        capped = _capped(raw, softcap, CAPPED)
-        z = tl.where(columns < width, capped, -float("inf"))
-        new_top = tl.maximum(top, tl.max(z, 0))
-        fade = exp(top - new_top)
-        e = tl.where(first_id + columns == label, 0.0, exp(z - new_top))
-        growth = raw * _slope_of_cap(capped, softcap) if CAPPED else raw
-        rests = rests * fade + e
-        moments = moments * fade + tl.where(e > 0.0, e * growth, 0.0)
-        top = new_top
+    whole, own_id = width // BLOCK * BLOCK, (label - first_id).to(tl.int32)
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        top, rests, moments = _tile_sums(
+            row, start + lanes, width, padded, own_id, top, rests, moments, softcap, CAPPED, False
+        )
+    if whole < width:
+        top, rests, moments = _tile_sums(
+            row, whole + lanes, width, padded, own_id, top, rests, moments, softcap, CAPPED, True
+        )
     return top, tl.sum(rests, 0), tl.sum(moments, 0)
 
 
 @triton.jit
-def _slope_of_cap(z, softcap):
-    return (1.0 - z / softcap) * (1.0 + z / softcap)
+def _write_tile(
+    row, slopes, columns, width, padded, own_id, top, factor, own, softcap,
+    CAPPED: tl.constexpr, IN_PLACE: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Write one tile's slopes."""
+    z = capped(_logits(row, columns, width, padded, LAST), softcap, CAPPED)
+    if LAST:
+        z = tl.where(columns < width, z, top)
+    slope = exp(z - top) * factor
+    if CAPPED:
+        slope *= slope_of_cap(z, softcap)
+    slope = tl.where(columns == own_id, own, slope)
+    if IN_PLACE:
+        tl.debug_barrier()  # the slopes of these columns lie over logits of others among them
+    if LAST:
+        slope = tl.where(columns < width, slope, 0.0)
+        tl.store(slopes + columns, slope.to(slopes.dtype.element_ty), mask=columns < padded)
+    else:
+        tl.store(slopes + columns, slope.to(slopes.dtype.element_ty))
 
 
 @triton.jit
@@ -54,27 +101,34 @@ def _write_slopes(
     CAPPED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """Walk a stretch of a row from its end to its beginning and write scale * dz, rounded to the slopes' dtype."""
-    _, total = label_loss(top, rest, label_logit)
-    share = 2.0 * z_loss * (top + tl.log(total))
-    factor = scale * (1.0 + share) / total
-    own = scale * (share * exp(label_logit - top) - rest) / total
-    steps = (padded + BLOCK - 1) // BLOCK
-    for step in tl.range(0, steps, num_stages=STAGES):
-        columns = (steps - 1 - step) * BLOCK + tl.arange(0, BLOCK)
-        is_label = first_id + columns == label
-        z = tl.where(columns < width, tl.load(row + columns, mask=columns < padded, other=0.0), 0.0)
-        z = tl.where(columns < width, _capped(z, softcap, CAPPED), top)
-        slope = tl.where(is_label, own, exp(z - top) * factor)
-        if CAPPED:
-            slope *= _slope_of_cap(tl.where(is_label, label_logit, z), softcap)
-        slope = tl.where(columns < width, slope, 0.0)
-        if IN_PLACE:
-            tl.debug_barrier()  # the slopes of these columns lie over logits of others among them
-        tl.store(slopes + columns, slope.to(slopes.dtype.element_ty), mask=columns < padded)
+    factor, own = factors(top, rest, label_logit, scale, z_loss, softcap, CAPPED)
+    lanes, own_id = tl.arange(0, BLOCK), (label - first_id).to(tl.int32)
+    whole, steps = width // BLOCK, (padded + BLOCK - 1) // BLOCK
+    for step in range(steps - whole):
+        _write_tile(
+            row, slopes, (steps - 1 - step) * BLOCK + lanes, width, padded, own_id, top, factor, own, softcap, CAPPED,
+            IN_PLACE, True,
+        )  # fmt: skip
+    for step in tl.range(0, whole, num_stages=STAGES):
+        _write_tile(
+            row, slopes, (whole - 1 - step) * BLOCK + lanes, width, padded, own_id, top, factor, own, softcap, CAPPED,
+            IN_PLACE, False,
+        )  # fmt: skip
 
 
 @triton.jit
-def _row_loss(top, rest, label_logit, label, vocab, z_loss):
+def factors(top, rest, label_logit, scale, z_loss, softcap, CAPPED: tl.constexpr):
+    """Return what every e^(z - top) is multiplied by to be scale * dz, and the label's slope."""
+    _, total = label_loss(top, rest, label_logit)
+    share = 2.0 * z_loss * (top + tl.log(total))
+    own = scale * (share * exp(label_logit - top) - rest) / total
+    if CAPPED:
+        own *= slope_of_cap(label_logit, softcap)
+    return scale * (1.0 + share) / total, own
+
+
+@triton.jit
+def row_loss(top, rest, label_logit, label, vocab, z_loss):
     """Return the row's loss; NaN when the label is no id."""
     loss, total = label_loss(top, rest, label_logit)
     normalizer = top + tl.log(total)
@@ -85,7 +139,7 @@ def _row_loss(top, rest, label_logit, label, vocab, z_loss):
 @triton.jit
 def row_kernel(
     logits, slopes, labels, exact, losses, unit, vocab, padded, ignore_index, z_loss, softcap,
-    CAPPED: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    CAPPED: tl.constexpr, SHORT: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss and, with WRITE, its slopes."""
     row = tl.program_id(0).to(tl.int64)
@@ -100,9 +154,9 @@ def row_kernel(
         raw = tl.load(exact + row)
         found = found_logit(z, 0, vocab, label, zero)
         top, rest, moment = _sums(z, 0, vocab, padded, label, zero + LOWEST, zero, zero, softcap, CAPPED, BLOCK, STAGES)
-        rest = without_shortfall(rest, moment, raw, found)
-        label_logit = _capped(raw, softcap, CAPPED)
-        loss = _row_loss(top, rest, label_logit, label, vocab, z_loss)
+        rest = without_shortfall(rest, moment, raw, found, SHORT)
+        label_logit = capped(raw, softcap, CAPPED)
+        loss = row_loss(top, rest, label_logit, label, vocab, z_loss)
         tl.store(losses + row, loss)
         if WRITE:
             scale = tl.where(loss == loss, tl.load(unit), float("nan"))
@@ -137,7 +191,7 @@ def tile_sums(
 @triton.jit
 def tile_losses(
     state, labels, exact, losses, vocab, num_rows, ignore_index, z_loss, softcap,
-    CAPPED: tl.constexpr, ROWS: tl.constexpr,
+    CAPPED: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Turn the finished sums of ROWS rows into their losses, and leave the sum that the slopes need in the state."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -148,8 +202,8 @@ def tile_losses(
     found = tl.load(state + 3 * num_rows + rows, mask=inside, other=0.0)
     label = tl.load(labels + rows, mask=inside, other=0)
     raw = tl.load(exact + rows, mask=inside, other=0.0)
-    rest = without_shortfall(rest, moment, raw, found)
-    loss = _row_loss(top, rest, _capped(raw, softcap, CAPPED), label, vocab, z_loss)
+    rest = without_shortfall(rest, moment, raw, found, SHORT)
+    loss = row_loss(top, rest, capped(raw, softcap, CAPPED), label, vocab, z_loss)
     tl.store(state + num_rows + rows, rest, mask=inside)
     tl.store(losses + rows, tl.where(label == ignore_index, 0.0, loss), mask=inside)
 
@@ -171,5 +225,5 @@ def tile_slopes(
         scale = tl.where(loss == loss, tl.load(unit), float("nan"))
         _write_slopes(
             logits + row * padded, dz, first_id, width, padded, label, top, rest,
-            _capped(tl.load(exact + row), softcap, CAPPED), scale, z_loss, softcap, CAPPED, BLOCK, STAGES, True,
+            capped(tl.load(exact + row), softcap, CAPPED), scale, z_loss, softcap, CAPPED, BLOCK, STAGES, True,
         )  # fmt: skip

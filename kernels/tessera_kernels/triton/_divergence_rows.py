@@ -8,7 +8,8 @@ A row is walked two times, or three when the slopes need a sum that needs both n
 
 log p - log q is x - log(sum e^v / sum e^u), with x = ((t - s) - (difference of the maxima)) / tau. Near convergence both
 parts come from small numbers: t - s is exact, and the quotient of the sums is 1 + sum (e^v - e^u) / sum e^u, where each
-difference is e^u (e^x - 1). F and G: `_divergence_series`.
+difference is e^u (e^x - 1). F and G: `_divergence_series`. Powers are of two, u, v and x times log2 e: an id then takes about
+30 instructions a walk, which HBM hides. Only a row's last tile, cut off by the vocabulary's end, is masked.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -17,12 +18,14 @@ import triton
 import triton.language as tl
 
 from tessera_kernels.triton._row_math import (
+    LOG2_E,
     LOWEST,
     exp,
-    expm1,
     found_logit,
     label_loss,
+    log,
     log1p,
+    powers_of_two,
     without_shortfall,
     write_zeros,
 )
@@ -37,16 +40,44 @@ THREE_WALKS = tl.constexpr(2)
 
 
 @triton.jit
-def _logits(row, columns, width, padded, fill):
-    """Load float32 logits; the row's padding, which nobody wrote, reads as `fill`."""
-    return tl.where(columns < width, tl.load(row + columns, mask=columns < padded, other=0.0), fill)
+def _logits(row, columns, width, padded, LAST: tl.constexpr):
+    """Load float32 logits. Those behind the LAST id, which nobody wrote, read as so low that their powers are 0."""
+    if LAST:
+        return tl.where(columns < width, tl.load(row + columns, mask=columns < padded, other=0.0), LOWEST)
+    return tl.load(row + columns)
 
 
 @triton.jit
-def _power_difference(u, v, x):
-    """e^v - e^u, given x = v - u."""
-    e = exp(u)
-    return tl.where(tl.abs(x) < SERIES_BELOW, e * expm1(tl.where(tl.abs(x) < SERIES_BELOW, x, 0.0)), exp(v) - e), e
+def _tile_sums(
+    student, teacher, columns, width, padded, own_id, s_top, t_top, masses, moves, means, rests, moments, inv_tau,
+    KIND: tl.constexpr, HARD: tl.constexpr, COLD: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Carry the sums over one tile; they fade only where it has a new maximum, which few tiles have."""
+    s, t = _logits(student, columns, width, padded, LAST), _logits(teacher, columns, width, padded, LAST)
+    s_new, t_new = tl.maximum(s_top, tl.max(s, 0)), tl.maximum(t_top, tl.max(t, 0))
+    scale = inv_tau * LOG2_E
+    if (s_new > s_top) | (t_new > t_top):
+        turn = ((t_top - t_new) - (s_top - s_new)) * scale
+        s_fall, change = powers_of_two((s_top - s_new) * scale, (t_top - t_new) * scale, turn)
+        moves = tl.exp2((t_top - t_new) * scale) * moves + change * masses
+        if KIND == REVERSE:
+            means = s_fall * (means + tl.where(masses == 0.0, 0.0, turn * masses))
+        masses = s_fall * masses
+        if HARD:
+            cold_fall = exp(s_top - s_new) if COLD else s_fall
+            rests, moments = cold_fall * rests, cold_fall * moments
+    x = ((t - s) - (t_new - s_new)) * scale
+    e, difference = powers_of_two((s - s_new) * scale, (t - t_new) * scale, x)
+    masses += e
+    moves += difference
+    if KIND == REVERSE:
+        means += e * x
+    if HARD:
+        cold = exp(s - s_new) if COLD else e
+        cold = tl.where(columns == own_id, 0.0, cold)
+        rests += cold
+        moments += tl.where(cold > 0.0, cold * s, 0.0)
+    return s_new, t_new, masses, moves, means, rests, moments
 
 
 @triton.jit
@@ -56,41 +87,24 @@ def row_sums(
 ):  # fmt: skip
     """Carry a row's sums over one more stretch of the vocabulary.
 
-    mass = sum e^u, moved = sum (e^v - e^u), mean = sum e^u x (reverse KL), rest = sum of e^(s - maximum) without the label
-    (HARD; COLD = the temperature is not one), moment = the same sum of s e^(s - maximum).
+    mass = sum e^u, moved = sum (e^v - e^u), mean = sum e^u x log2 e (reverse KL), rest = sum of e^(s - maximum) without
+    the label (HARD; COLD = the temperature is not one), moment = the same sum of s e^(s - maximum).
     """
     lanes = tl.arange(0, BLOCK)
     first = lanes == 0
     masses, moves = tl.where(first, mass, 0.0), tl.where(first, moved, 0.0)
     means, rests, moments = tl.where(first, mean, 0.0), tl.where(first, rest, 0.0), tl.where(first, moment, 0.0)
-    for start in tl.range(0, width, BLOCK, num_stages=STAGES):
-        columns = start + lanes
-        inside = columns < width
-        s = _logits(student, columns, width, padded, LOWEST)
-        t = _logits(teacher, columns, width, padded, LOWEST)
-        s_new, t_new = tl.maximum(s_top, tl.max(s, 0)), tl.maximum(t_top, tl.max(t, 0))
-        s_fall, t_fall = exp((s_top - s_new) * inv_tau), exp((t_top - t_new) * inv_tau)
-        turn = ((t_top - t_new) - (s_top - s_new)) * inv_tau
-        small = tl.abs(turn) < SERIES_BELOW
-        change = tl.where(small, s_fall * expm1(tl.where(small, turn, 0.0)), t_fall - s_fall)
-        moves = t_fall * moves + change * masses
-        if KIND == REVERSE:
-            means = s_fall * (means + tl.where(masses == 0.0, 0.0, turn * masses))
-        if HARD:
-            cold_fall = exp(s_top - s_new) if COLD else s_fall
-        u, v = tl.where(inside, (s - s_new) * inv_tau, 0.0), tl.where(inside, (t - t_new) * inv_tau, 0.0)
-        x = tl.where(inside, ((t - s) - (t_new - s_new)) * inv_tau, 0.0)
-        difference, e = _power_difference(u, v, x)
-        moves += tl.where(inside, difference, 0.0)
-        masses = s_fall * masses + tl.where(inside, e, 0.0)
-        if KIND == REVERSE:
-            means += tl.where(inside, e * x, 0.0)
-        if HARD:
-            cold = exp(tl.where(inside, s - s_new, 0.0)) if COLD else e
-            cold = tl.where((first_id + columns == label) | (columns >= width), 0.0, cold)
-            rests = cold_fall * rests + cold
-            moments = cold_fall * moments + tl.where(cold > 0.0, cold * s, 0.0)
-        s_top, t_top = s_new, t_new
+    whole, own_id = width // BLOCK * BLOCK, (label - first_id).to(tl.int32)
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        s_top, t_top, masses, moves, means, rests, moments = _tile_sums(
+            student, teacher, start + lanes, width, padded, own_id, s_top, t_top, masses, moves, means, rests,
+            moments, inv_tau, KIND, HARD, COLD, False,
+        )  # fmt: skip
+    if whole < width:
+        s_top, t_top, masses, moves, means, rests, moments = _tile_sums(
+            student, teacher, whole + lanes, width, padded, own_id, s_top, t_top, masses, moves, means, rests,
+            moments, inv_tau, KIND, HARD, COLD, True,
+        )  # fmt: skip
     return s_top, t_top, tl.sum(masses, 0), tl.sum(moves, 0), tl.sum(means, 0), tl.sum(rests, 0), tl.sum(moments, 0)
 
 
@@ -105,19 +119,18 @@ def log_ratio_of_sums(mass, moved):
 @triton.jit
 def _log_mixture(r, weight):
     """log(1 - w + w e^r) for |r| away from 0: the larger power is taken out."""
-    e = exp(-tl.abs(r))
-    return tl.where(r > 0.0, r + tl.log(weight + (1.0 - weight) * e), tl.log(1.0 - weight + weight * e))
+    large = tl.where(r > 0.0, weight, 1.0 - weight)
+    return tl.maximum(r, 0.0) + log(large + (1.0 - large) * exp(-tl.abs(r)))
 
 
 @triton.jit
 def _term_and_slope(
     p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND: tl.constexpr
 ):
-    """Return q F(r) and q G(r) of each id."""
+    """Return q F(r) and q G(r) of each id. What the caller leaves unused costs nothing: the compiler drops it."""
     near = tl.abs(r) < SERIES_BELOW
-    y = tl.where(near, r, 0.0)
-    f = f2 + y * (f3 + y * (f4 + y * (f5 + y * (f6 + y * (f7 + y * (f8 + y * f9))))))
-    g = g1 + y * (g2 + y * (g3 + y * (g4 + y * (g5 + y * (g6 + y * (g7 + y * g8))))))
+    f = f2 + r * (f3 + r * (f4 + r * (f5 + r * (f6 + r * (f7 + r * (f8 + r * f9))))))
+    g = g1 + r * (g2 + r * (g3 + r * (g4 + r * (g5 + r * (g6 + r * (g7 + r * g8))))))
     if KIND == FORWARD:
         term, slope = p * r - p + q, q - p
     elif KIND == REVERSE:
@@ -131,14 +144,17 @@ def _term_and_slope(
     else:
         mixture = _log_mixture(r, weight)
         term, slope = weight * p * (r - mixture) - (1.0 - weight) * q * mixture, (weight - 1.0) * q * mixture
-    return tl.where(near, q * (y * y * f), term), tl.where(near, q * (y * g), slope)
+    if KIND != REVERSE:  # whose slope is its series
+        slope = tl.where(near, q * (r * g), slope)
+    return tl.where(near, q * (r * r * f), term), slope
 
 
 @triton.jit
-def _probabilities(s, t, s_top, t_top, mass, moved, shift, inv_tau):
-    """Return teacher p, student q, and r = log p - log q."""
-    p = exp((t - t_top) * inv_tau) / (mass + moved)
-    q = exp((s - s_top) * inv_tau) / mass
+def _probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau):
+    """Return teacher p, student q, and r = log p - log q. The shares are those of the two maxima."""
+    scale = inv_tau * LOG2_E
+    p = tl.exp2((t - t_top) * scale) * t_share
+    q = tl.exp2((s - s_top) * scale) * s_share
     return p, q, ((t - s) - (t_top - s_top)) * inv_tau - shift
 
 
@@ -149,20 +165,51 @@ def slope_sums(
     KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk a row backward; return sum q F(r) and sum q G(r)."""
-    shift = log_ratio_of_sums(mass, moved)
+    shift, s_share, t_share = log_ratio_of_sums(mass, moved), 1.0 / mass, 1.0 / (mass + moved)
     terms, slopes = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    steps = (width + BLOCK - 1) // BLOCK
-    for step in tl.range(0, steps, num_stages=STAGES):
-        columns = (steps - 1 - step) * BLOCK + tl.arange(0, BLOCK)
-        s = _logits(student, columns, width, padded, s_top)
-        t = _logits(teacher, columns, width, padded, t_top)
-        p, q, r = _probabilities(s, t, s_top, t_top, mass, moved, shift, inv_tau)
+    whole = width // BLOCK
+    if whole * BLOCK < width:
+        columns = whole * BLOCK + tl.arange(0, BLOCK)
+        s, t = _logits(student, columns, width, padded, True), _logits(teacher, columns, width, padded, True)
+        p, q, r = _probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau)
+        terms, slopes = _term_and_slope(
+            p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND
+        )
+    for step in tl.range(0, whole, num_stages=STAGES):
+        columns = (whole - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+        s, t = _logits(student, columns, width, padded, False), _logits(teacher, columns, width, padded, False)
+        p, q, r = _probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau)
         term, slope = _term_and_slope(
             p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND
         )
-        terms += tl.where(columns < width, term, 0.0)
-        slopes += tl.where(columns < width, slope, 0.0)
+        terms += term
+        slopes += slope
     return tl.sum(terms, 0), tl.sum(slopes, 0)
+
+
+@triton.jit
+def _last_tile(
+    student, teacher, slopes, columns, width, padded, own_id, s_top, t_top, s_share, t_share, shift, slope_sum,
+    soft_scale, hard_factor, hard_own, inv_tau, weight,
+    f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
+    KIND: tl.constexpr, HARD: tl.constexpr, WRITE: tl.constexpr, IN_PLACE: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Write one tile's slopes when WRITE; return q F(r) of its ids."""
+    s, t = _logits(student, columns, width, padded, LAST), _logits(teacher, columns, width, padded, LAST)
+    p, q, r = _probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau)
+    term, slope = _term_and_slope(p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND)
+    if WRITE:
+        slope = soft_scale * (slope - q * slope_sum)
+        if HARD:
+            slope += tl.where(columns == own_id, hard_own, exp(s - s_top) * hard_factor)
+        if IN_PLACE:
+            tl.debug_barrier()
+        if LAST:
+            slope = tl.where(columns < width, slope, 0.0)
+            tl.store(slopes + columns, slope.to(slopes.dtype.element_ty), mask=columns < padded)
+        else:
+            tl.store(slopes + columns, slope.to(slopes.dtype.element_ty))
+    return term
 
 
 @triton.jit
@@ -178,31 +225,35 @@ def last_walk(
     slopes = soft_scale (q G - q slope_sum) + hard_scale (softmax(s) - onehot, with the z-loss). IN_PLACE: they lie over
     logits of the student that the walk has behind it, or has just read.
     """
-    shift = log_ratio_of_sums(mass, moved)
-    terms = tl.zeros((BLOCK,), tl.float32)
+    shift, s_share, t_share = log_ratio_of_sums(mass, moved), 1.0 / mass, 1.0 / (mass + moved)
     _, total = label_loss(s_top, rest, label_logit)
-    hard_factor = hard_scale * (1.0 + 2.0 * z_loss * (s_top + tl.log(total)))
-    steps = (padded + BLOCK - 1) // BLOCK
-    for step in tl.range(0, steps, num_stages=STAGES):
-        start = ((steps - 1 - step) if BACKWARD else step) * BLOCK
-        columns = start + tl.arange(0, BLOCK)
-        s = _logits(student, columns, width, padded, s_top)
-        t = _logits(teacher, columns, width, padded, t_top)
-        p, q, r = _probabilities(s, t, s_top, t_top, mass, moved, shift, inv_tau)
-        term, slope = _term_and_slope(
-            p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND
-        )
-        terms += tl.where(columns < width, term, 0.0)
-        if WRITE:
-            slope = soft_scale * (slope - q * slope_sum)
-            if HARD:
-                hard = exp(s - s_top) / total
-                wrong = -rest / total * hard_scale + hard * (hard_factor - hard_scale)
-                slope += tl.where(first_id + columns == label, wrong, hard * hard_factor)
-            slope = tl.where(columns < width, slope, 0.0).to(slopes.dtype.element_ty)
-            if IN_PLACE:
-                tl.debug_barrier()
-            tl.store(slopes + columns, slope, mask=columns < padded)
+    share = 2.0 * z_loss * (s_top + tl.log(total))
+    hard_factor = hard_scale * (1.0 + share) / total
+    hard_own = hard_scale * (share * exp(label_logit - s_top) - rest) / total
+    own_id = (label - first_id).to(tl.int32)
+    lanes, terms = tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.float32)
+    whole, steps = width // BLOCK, (padded + BLOCK - 1) // BLOCK
+    for step in range(steps - whole if BACKWARD else 0):
+        columns = (steps - 1 - step) * BLOCK + lanes
+        terms += _last_tile(
+            student, teacher, slopes, columns, width, padded, own_id, s_top, t_top, s_share, t_share, shift, slope_sum,
+            soft_scale, hard_factor, hard_own, inv_tau, weight,
+            f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND, HARD, WRITE, IN_PLACE, True,
+        )  # fmt: skip
+    for step in tl.range(0, whole, num_stages=STAGES):
+        columns = (whole - 1 - step if BACKWARD else step) * BLOCK + lanes
+        terms += _last_tile(
+            student, teacher, slopes, columns, width, padded, own_id, s_top, t_top, s_share, t_share, shift, slope_sum,
+            soft_scale, hard_factor, hard_own, inv_tau, weight,
+            f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND, HARD, WRITE, IN_PLACE, False,
+        )  # fmt: skip
+    for step in range(steps if BACKWARD else whole, steps):
+        columns = step * BLOCK + lanes
+        terms += _last_tile(
+            student, teacher, slopes, columns, width, padded, own_id, s_top, t_top, s_share, t_share, shift, slope_sum,
+            soft_scale, hard_factor, hard_own, inv_tau, weight,
+            f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND, HARD, WRITE, IN_PLACE, True,
+        )  # fmt: skip
     return tl.sum(terms, 0)
 
 
@@ -222,7 +273,7 @@ def mixed_loss(divergence, soft_weight, label_weight, z_loss, top, rest, label_l
 def _slope_sum_of_kl(mass, moved, mean, KIND: tl.constexpr):
     """sum q G(r) from the online sums: 0 for forward KL, -sum q r for reverse KL."""
     if KIND == REVERSE:
-        return log_ratio_of_sums(mass, moved) - mean / mass
+        return log_ratio_of_sums(mass, moved) - mean / mass / LOG2_E
     return mass * 0.0
 
 
@@ -231,8 +282,8 @@ def row_kernel(
     student, teacher, slopes, labels, exact, losses, unit, vocab, padded,
     ignore_index, inv_tau, weight, soft_weight, label_weight, z_loss,
     f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
-    KIND: tl.constexpr, HARD: tl.constexpr, COLD: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    KIND: tl.constexpr, HARD: tl.constexpr, COLD: tl.constexpr, SHORT: tl.constexpr, WRITE: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row of both models: its loss and, with WRITE, the student's slopes."""
     row = tl.program_id(0).to(tl.int64)
@@ -251,7 +302,7 @@ def row_kernel(
         own = zero
         if HARD:
             own = tl.load(exact + row)
-            rest = without_shortfall(rest, moment, own, found_logit(s, 0, vocab, label, zero))
+            rest = without_shortfall(rest, moment, own, found_logit(s, 0, vocab, label, zero), SHORT)
         slope_sum = _slope_sum_of_kl(mass, moved, mean, KIND)
         divergence = zero
         if KIND >= THREE_WALKS:
@@ -312,7 +363,7 @@ def tile_slopes(
     student, teacher, slopes, slope_stride, labels, exact, losses, state, unit, first_id, width, padded, vocab, num_rows,
     ignore_index, inv_tau, weight, soft_weight, label_weight, z_loss,
     f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
-    KIND: tl.constexpr, HARD: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    KIND: tl.constexpr, HARD: tl.constexpr, SHORT: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row's share of the loss and its slopes in one tile of the vocabulary, from the finished sums."""
     row = tl.program_id(0).to(tl.int64)
@@ -331,7 +382,7 @@ def tile_slopes(
         if HARD:
             own = tl.load(exact + row)
             found = tl.load(place + 7 * num_rows)
-            rest = without_shortfall(rest, tl.load(place + 6 * num_rows), own, found)
+            rest = without_shortfall(rest, tl.load(place + 6 * num_rows), own, found, SHORT)
         known = (not HARD) | ((label >= 0) & (label < vocab))
         scale = tl.where(known, tl.load(unit), float("nan"))
         divergence = last_walk(

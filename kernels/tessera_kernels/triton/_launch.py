@@ -55,16 +55,3 @@ def expect_tile(what: str, elements: int, num_warps: int) -> None:
             f"{what} = {elements} elements: expected at most {limit}, because {num_warps} warps hold a tile in registers; "
             "try fewer rows, a smaller block, or config=None"
         )
-
-
-def expect_prefetch(tile_bytes: int, stages: int) -> None:
-    """Raise unless `stages` tiles of `tile_bytes` fit the shared memory, beside what sums across warps need.
-
-    One stage reads nothing ahead. Triton 3.6 gives two stages two buffers of every tile (seen on an H200).
-    """
-    limit = SHARED_BYTES - 4096
-    if stages > 1 and tile_bytes * stages > limit:
-        raise KernelError(
-            f"stages = {stages} with {tile_bytes} bytes a tile: expected at most {max(1, limit // tile_bytes)}, because the "
-            "tiles read ahead lie in shared memory; try fewer stages or config=None"
-        )

@@ -43,10 +43,15 @@ class LossConfig(NamedTuple):
     block: int = 0  # columns of a tile of the row kernel
     num_warps: int = 0
     stages: int = 0  # depth of the row kernel's prefetch; 1 = none
+    product: int = 0  # of the cross-entropy: 1 = the library's and float32 logits, 2 = `_logit_tiles`
 
 
 MOST_LOGIT_ROWS = 512
 """Rows of a product with the head from which on reading the head is no longer what takes the time."""
+
+LOGITS_SHARE = 60
+"""Percent of a budget that float32 logits may take. A product of 128 rows reads the head for half the work of one of 256,
+which costs more than what few large chunks save: reading and writing d head once for each."""
 
 TILE, TILES_AT_ONCE = (128, 256), 132
 """What a library's product gives one multiprocessor of a Hopper at a time, and how many of those there are."""
@@ -72,9 +77,11 @@ def plan_chunks(num_rows: int, vocab: int, *, models: int, slope_bytes: int, bud
     """
     units = budget // padded_columns(vocab)
     for quantum in (128, 16, 1):
-        logit_rows = _down(min(units // (8 * models), MOST_LOGIT_ROWS), quantum) or quantum
+        whole = units // (4 * models + slope_bytes)  # rows that fit with their slopes
+        logit_rows = _down(min(LOGITS_SHARE * units // (400 * models), whole, MOST_LOGIT_ROWS), quantum) or quantum
         room = units - 4 * models * logit_rows
         most = _down(room // slope_bytes, quantum) if slope_bytes else _down(units // (4 * models), quantum)
+        most = _down(most, logit_rows) if quantum > 16 else most  # no piece that is not full
         if most < logit_rows or room < 0:
             continue
         rows = min(most, _up(triton.cdiv(num_rows, triton.cdiv(num_rows, most)), quantum))
@@ -88,6 +95,18 @@ def plan_chunks(num_rows: int, vocab: int, *, models: int, slope_bytes: int, bud
         f"chunk_bytes = {budget}: expected at least {least}, because one row of {vocab} logits with its slopes takes that; "
         f"try chunk_bytes={256 * least}"
     )
+
+
+def plan_rows(num_rows: int, row_bytes: int, budget: int) -> int:
+    """Return how many rows a chunk has when each takes `row_bytes`: the fewest chunks, all of about the same size."""
+    most = budget // row_bytes
+    if most == 0:
+        raise KernelError(
+            f"chunk_bytes = {budget}: expected at least {row_bytes}, because one row's slopes and sums take that; "
+            f"try chunk_bytes={256 * row_bytes}"
+        )
+    quantum = 128 if most >= 128 else 1
+    return min(_down(most, quantum), _up(triton.cdiv(num_rows, triton.cdiv(num_rows, _down(most, quantum))), quantum))
 
 
 def plan_columns(num_rows: int, vocab: int, *, models: int, state: int, budget: int) -> int:
@@ -118,8 +137,8 @@ def choose_splits(rows: int, width: int, vocab: int) -> int:
     def busy(splits: int) -> float:
         return tiles * splits / _up(tiles * splits, TILES_AT_ONCE)
 
-    splits = [count for count in (1, 2, 3, 4) if vocab % count == 0]
-    return max(splits, key=lambda count: busy(count) - 0.05 * count)
+    splits = [count for count in (1, 2, 3, 4, 6, 8) if vocab % count == 0]
+    return max(splits, key=lambda count: busy(count) - 0.02 * count)
 
 
 def slopes_within(tile_XV: Tensor, dtype: torch.dtype, *, at_end: bool) -> Tensor:
@@ -387,7 +406,10 @@ def _split_product(slopes: Tensor, head: Tensor, out: Tensor, splits: int) -> No
     a = slopes.as_strided((splits, rows, part), (part, slopes.stride(0), 1))
     b = head.as_strided((splits, part, width), (part * head.stride(0), *head.stride()))
     parts = torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
-    out.copy_(parts.sum(0))
+    total, *others = parts.unbind()
+    for other in others:
+        total += other
+    out.copy_(total)
 
 
 def _down(number: int, multiple: int) -> int:

@@ -15,30 +15,43 @@ def _unit_to_output(unit, gain, dtype: tl.constexpr, GAIN_AFTER_CAST: tl.constex
     return unit * gain
 
 
+@triton.jit
+def _kept_gain(gain, columns, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The gain as [1, BLOCK_D]: every row asks for it, so that it should stay in L1 while the rows pass by."""
+    if D != BLOCK_D:
+        value = tl.load(gain + columns, mask=columns < D, other=0.0, eviction_policy="evict_last")
+    else:
+        value = tl.load(gain + columns, eviction_policy="evict_last")
+    return value[None, :]
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def forward(
     x, residual, gain, y, total, rstd, x_stride, residual_stride, num_rows, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, EVEN_ROWS: tl.constexpr, ADD: tl.constexpr,
-    GAIN_AFTER_CAST: tl.constexpr, STAGES: tl.constexpr,
+    GAIN_AFTER_CAST: tl.constexpr,
 ):  # fmt: skip
-    """One pass: a program takes every num_programs-th block of ROWS rows, and keeps the gain in registers."""
+    """One pass over a block of ROWS rows. Everything is asked for before the first sum, and the gain stays packed until
+    it is needed: a program waits for memory once, and several fit a multiprocessor."""
     MASKED: tl.constexpr = not (EVEN_ROWS and D == BLOCK_D)
     dtype: tl.constexpr = y.dtype.element_ty
     columns = tl.arange(0, BLOCK_D)
-    gain_D = read(gain + columns, columns < D, D != BLOCK_D).to(tl.float32)[None, :]
-    for block in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-        rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
-        dense = rows[:, None] * D + columns[None, :]
-        lifted = read(x + rows[:, None] * x_stride + columns[None, :], inside, MASKED).to(tl.float32)
-        if ADD:
-            lifted += read(residual + rows[:, None] * residual_stride + columns[None, :], inside, MASKED).to(tl.float32)
-            rounded = lifted.to(dtype)
-            write(total + dense, rounded, inside, MASKED)
-            lifted = rounded.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(lifted * lifted, axis=1) / D + eps)
-        write(rstd + rows, scale, rows < num_rows, not EVEN_ROWS)
-        write(y + dense, _unit_to_output(lifted * scale[:, None], gain_D, dtype, GAIN_AFTER_CAST), inside, MASKED)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
+    dense = rows[:, None] * D + columns[None, :]
+    numbers = read(x + rows[:, None] * x_stride + columns[None, :], inside, MASKED)
+    if ADD:
+        others = read(residual + rows[:, None] * residual_stride + columns[None, :], inside, MASKED)
+    gain_D = _kept_gain(gain, columns, D, BLOCK_D)
+    lifted = numbers.to(tl.float32)
+    if ADD:
+        rounded = (lifted + others.to(tl.float32)).to(dtype)
+        write(total + dense, rounded, inside, MASKED)
+        lifted = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(lifted * lifted, axis=1) / D + eps)
+    write(rstd + rows, scale, rows < num_rows, not EVEN_ROWS)
+    unit = lifted * scale[:, None]
+    write(y + dense, _unit_to_output(unit, gain_D.to(tl.float32), dtype, GAIN_AFTER_CAST), inside, MASKED)
 
 
 @triton.jit
@@ -93,27 +106,31 @@ def backward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, EVEN_ROWS: tl.constexpr, ADD: tl.constexpr,
     GAIN_AFTER_CAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx of every num_programs-th block of rows, and this program's float32 sum for the gain, [num_programs, D]."""
+    """dx of every num_programs-th block of rows, and this program's float32 sum for the gain, [num_programs, D].
+
+    What is alive across the row's sum decides how many programs fit: unit, dunit and dgain, and nothing else.
+    """
     MASKED: tl.constexpr = not (EVEN_ROWS and D == BLOCK_D)
     dtype: tl.constexpr = dx.dtype.element_ty
     columns = tl.arange(0, BLOCK_D)
-    gain_D = read(gain + columns, columns < D, D != BLOCK_D)[None, :]
     dgain = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
         scale = read(rstd + rows, rows < num_rows, not EVEN_ROWS)[:, None]
-        lifted = read(x + rows[:, None] * x_stride + columns[None, :], inside, MASKED).to(tl.float32)
+        unit = read(x + rows[:, None] * x_stride + columns[None, :], inside, MASKED).to(tl.float32) * scale
         upstream = read(dy + rows[:, None] * dy_stride + columns[None, :], inside, MASKED).to(tl.float32)
-        unit = lifted * scale
+        gain_D = tl.zeros([1, BLOCK_D], gain.dtype.element_ty)
+        if block >= 0:  # always: what is read under a condition is not read ahead, but from L1 when it is needed
+            gain_D = _kept_gain(gain, columns, D, BLOCK_D)
         dunit = _unit_gradient(upstream, gain_D.to(tl.float32), dtype, GAIN_AFTER_CAST)
+        dgain += upstream * _rounded_unit(unit, dtype, GAIN_AFTER_CAST)
         mean = tl.sum(dunit * unit, axis=1)[:, None] / D
         change = ((dunit - unit * mean) * scale).to(dtype)
         if ADD:
             passed = read(dtotal + rows[:, None] * dtotal_stride + columns[None, :], inside, MASKED).to(tl.float32)
             change = (change.to(tl.float32) + passed).to(dtype)
         write(dx + rows[:, None] * D + columns[None, :], change, inside, MASKED)
-        dgain += upstream * _rounded_unit(unit, dtype, GAIN_AFTER_CAST)
     write(partial + tl.program_id(0) * D + columns, tl.sum(dgain, axis=0), columns < D, D != BLOCK_D)
 
 

@@ -8,30 +8,50 @@ And what is left of a row's cross-entropy once its sums are known; both linear l
 import triton
 import triton.language as tl
 
+from tessera_kernels.checks import is_interpreting
+
 LOWEST = tl.constexpr(-1e30)
 """Where a running maximum starts: finite, so that a difference of two of them is a number."""
+
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+ON_DEVICE = tl.constexpr(not is_interpreting())
+"""Instructions of the device can be named: not in the interpreter, which is chosen when kernels are imported."""
 
 
 @triton.jit
 def exp(x):
     """e^x, and 0 below 1e-38: tl.exp keeps those numbers, and takes twice the instructions for it."""
-    return tl.exp2(x * 1.4426950408889634)
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
-def expm1(x):
-    """e^x - 1: nine terms of its series under 0.5 (the tenth is 5e-10 of the sum), else as written; e^88 at most."""
-    near = tl.abs(x) < 0.5
-    y = tl.where(near, x, 0.0)
-    series = 1.0 + y * (1.0 / 9.0)
-    series = 1.0 + y * series * (1.0 / 8.0)
-    series = 1.0 + y * series * (1.0 / 7.0)
-    series = 1.0 + y * series * (1.0 / 6.0)
-    series = 1.0 + y * series * (1.0 / 5.0)
-    series = 1.0 + y * series * 0.25
-    series = 1.0 + y * series * (1.0 / 3.0)
-    series = 1.0 + y * series * 0.5
-    return tl.where(near, y * series, exp(tl.where(x > 88.0, 88.0, x)) - 1.0)
+def log(x):
+    """log x within 3e-7, or that part of itself: one special function, where tl.log and tl.log2 are polynomials."""
+    if ON_DEVICE:
+        x = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        x = tl.log2(x)
+    return x * 0.6931471805599453
+
+
+@triton.jit
+def powers_of_two(u, v, x):
+    """Return (2^u, 2^v - 2^u), given x = v - u: the larger power times 1 - 2^-|x|, which keeps its digits near x = 0.
+
+    Below |x| = 0.72, half a nat, 1 - 2^-d is a polynomial: Chebyshev's interpolation of (1 - 2^-d) / d, within 2e-9.
+    """
+    d = tl.abs(x)
+    larger, down = tl.exp2(tl.maximum(u, v)), tl.exp2(-d)
+    series = 0.0013103602755363316 - d * 0.00012459161612484766
+    series = d * series - 0.009609681966568933
+    series = d * series + 0.05550269398276977
+    series = d * series - 0.240226419888629
+    series = d * series + 0.693147179688383
+    part = larger * tl.where(d < 0.7213475, d * series, 1.0 - down)
+    grows = x > 0.0
+    return tl.where(grows, larger * down, larger), tl.where(grows, part, -part)
 
 
 @triton.jit
@@ -69,15 +89,18 @@ def found_logit(row, first_id, width, label, before):
 
 
 @triton.jit
-def without_shortfall(rest, moment, exact, found):
+def without_shortfall(rest, moment, exact, found, SHORT: tl.constexpr):
     """Return the sum of e^z without the label, as it is when the products are not cut off; `moment` is the sum of z e^z.
 
     All products of a row fall short by about the same part of themselves, 2e-6 for 2,048 terms: by what the label's, which
-    the product `found`, falls short of the `exact` one. To the first order the sum grows by that part of its moment.
+    the product `found`, falls short of the `exact` one. To the first order the sum grows by that part of its moment. Not
+    SHORT are products of float32 numbers, which round to either side: the label's rounding says nothing about the others'.
     """
-    lack = exact - found
-    usual = (found != 0.0) & (tl.abs(lack) <= 2.0**-16 * tl.abs(found))
-    return rest + tl.where(usual, lack / tl.where(usual, found, 1.0) * moment, 0.0)
+    if SHORT:
+        lack = exact - found
+        usual = (found != 0.0) & (tl.abs(lack) <= 2.0**-16 * tl.abs(found))
+        rest += tl.where(usual, lack / tl.where(usual, found, 1.0) * moment, 0.0)
+    return rest
 
 
 @triton.jit

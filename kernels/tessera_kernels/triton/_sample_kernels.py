@@ -1,11 +1,13 @@
 """The Triton kernel of `sample`; the equation, the picture and the launch are there.
 
-Numbers are compared as signed integers in the same order (`_image`), and masses are integers too: a probability relative to
-the largest is rounded once, down to a multiple of 1 / ONE, and every sum of them is exact. So the mass above a threshold does
-not depend on how it was added up, brackets found in one pass hold in the next, and a search can neither stall nor miss.
+Numbers are put in order as signed integers (`_image`), and masses are integers too: a probability relative to the largest is
+rounded once, down to a multiple of 1 / ONE, and every sum of them is exact. So the mass above a threshold does not depend on
+how it was added up, brackets found in one pass hold in the next, and a search can neither stall nor miss. Where to look is
+guessed from a sample in float32: a wrong guess costs a pass, and nothing else.
 
 A bracket is (low, up, above_up, above_low): keys low to up, and the ranks or masses of what lies above it and of that with
-the bracket itself.
+the bracket itself. The list is a grid of SLOTS x LANES: a lane, one thread, writes its hits below each other in the order of
+their ids and counts them (`held`), so that listing moves nothing between threads.
 """
 
 import triton
@@ -20,6 +22,19 @@ INFINITE = tl.constexpr(0x7F800000)
 
 STEEPEST = tl.constexpr(1e37)
 """Bound of log2(e) / temperature: an infinite one would make a NaN of the largest logit's distance from itself, 0."""
+
+GUESSES = tl.constexpr(3)
+"""Lists that an edge may ask for by a guess; then comes the search that always ends."""
+
+DEVIATIONS, SPARE = tl.constexpr(4.0), tl.constexpr(8)
+"""Width of a guess on each side: standard deviations of the sampled mass, and places in the sample beyond them."""
+
+
+NOTHING = tl.constexpr(0xFF800000)
+"""An entry of the list that is -inf."""
+
+MOST_SLOTS, COUNT_BITS, COUNT = tl.constexpr(256), tl.constexpr(53), tl.constexpr(2**53)
+"""Of a lane's part of the list: so many masses up to 2^44 stay below COUNT, and so many times COUNT below 2^63."""
 
 
 @triton.jit
@@ -50,22 +65,48 @@ def _read(row, places, length):
 
 
 @triton.jit
+def _better(x, places, length, best, first, DROP: tl.constexpr):
+    key = tl.where(x != x, HIGHEST, _image(x, DROP))
+    better = (key > best) & (places < length)
+    return tl.where(better, key, best), tl.where(better, places, first)
+
+
+@triton.jit
+def _entry(x, place):
+    """Return an entry of the list: an id above the bits of its number."""
+    return (place.to(tl.int64) << 32) | x.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _entry_number(entry):
+    return entry.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _entry_id(entry):
+    return (entry >> 32).to(tl.int32)
+
+
+@triton.jit
 def _scan(row, length, DROP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr):
     """First pass: (largest image, lowest id that has it, least of the LANES lanes' largest images).
 
-    At least min(LANES, length) images are not smaller than the last. Tiles are read one ahead, as in every pass here.
+    At least min(LANES, length) images are not smaller than the last. Tiles are read one ahead; only what is
+    left after whole tiles is read under a mask.
     """
+    TILE: tl.constexpr = DEPTH * LANES
     grid = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     best = tl.full([DEPTH, LANES], LEAST, tl.int32)
     first = tl.zeros([DEPTH, LANES], tl.int32)
-    x = _read(row, grid, length)
-    for start in range(0, length, DEPTH * LANES):
-        ahead = _read(row, start + DEPTH * LANES + grid, length)
-        key = tl.where(x != x, HIGHEST, _image(x, DROP))
-        better = (key > best) & (start + grid < length)
-        best = tl.where(better, key, best)
-        first = tl.where(better, start + grid, first)
-        x = ahead
+    whole = length // TILE * TILE
+    if whole > 0:
+        x = tl.load(row + grid).to(tl.float32)
+        for start in range(0, whole, TILE):
+            ahead = tl.load(row + tl.minimum(start + TILE, whole - TILE) + grid).to(tl.float32)
+            best, first = _better(x, start + grid, HIGHEST, best, first, DROP)
+            x = ahead
+    if whole < length:
+        best, first = _better(_read(row, whole + grid, length), whole + grid, length, best, first, DROP)
     lanes = tl.max(best, 0)
     top = tl.max(lanes, 0)
     at = tl.min(tl.min(tl.where(best == top, first, HIGHEST), 0), 0)
@@ -73,91 +114,156 @@ def _scan(row, length, DROP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.conste
 
 
 @triton.jit
-def _collect(
-    row, length, low, up, top, rate, min_p, keys_ptr, ids_ptr,
-    MASSES: tl.constexpr, MIN_P: tl.constexpr, DROP: tl.constexpr, ONE: tl.constexpr, TILE: tl.constexpr,
-    CAPACITY: tl.constexpr,
+def _append(
+    row, start, length, least, most, top, rate, min_p, list_ptr, held, above, heavier, reached, total, likely,
+    TAIL: tl.constexpr, TOTALS: tl.constexpr, MIN_P: tl.constexpr, ONE: tl.constexpr, DEPTH: tl.constexpr,
+    LANES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """A pass: list the images low to up and their ids, in the order of the ids, as far as there is room.
-
-    Return (their number, the mass of the row, the mass of what min-p keeps); masses where MASSES asks.
-    """
-    tl.debug_barrier()  # the list before this one has been read
-    places = tl.arange(0, TILE)
-    found = 0
-    total = tl.zeros([TILE], tl.int64)
-    likely = tl.zeros([TILE], tl.int64)
-    x = _read(row, places, length)
-    for start in range(0, length, TILE):
-        ahead = _read(row, start + TILE + places, length)
-        key = _image(x, DROP)
-        inside = (key >= low) & (key <= up) & (start + places < length)
-        hits = inside.to(tl.int32)
-        place = found + tl.cumsum(hits, 0) - hits
-        inside = inside & (place < CAPACITY)
-        tl.store(keys_ptr + place, key, mask=inside)
-        tl.store(ids_ptr + place, start + places, mask=inside)
-        found += tl.sum(hits, 0)
-        if MASSES:
-            weight, mass = _mass(x, top, rate, ONE)
+    """Take DEPTH numbers of each lane into the list and the sums. All are read first: none waits for a write."""
+    lane = tl.arange(0, LANES)
+    numbers = ()
+    for depth in tl.static_range(DEPTH):
+        place = start + depth * LANES + lane
+        if TAIL:  # noqa: SIM108 - decides which code is compiled
+            x = _read(row, place, length)
+        else:
+            x = tl.load(row + place).to(tl.float32)
+        numbers = numbers + (x,)  # type: ignore[assignment]  # noqa: RUF005 - no star in a kernel
+    for depth in tl.static_range(DEPTH):
+        place = start + depth * LANES + lane
+        x = numbers[depth]
+        weight, mass = _mass(x, top, rate, ONE)
+        over = x > most
+        inside = (x >= least) & (x <= most)
+        if TAIL:
+            inside = inside & (place < length)
+        keep = inside & (held < SLOTS)
+        tl.store(list_ptr + held * LANES + lane, _entry(x, place), mask=keep)
+        held += inside.to(tl.int32)
+        above += over.to(tl.int32)
+        heavier += tl.where(over, mass, 0)
+        reached += tl.where(x >= least, mass, 0)
+        if TOTALS:
             total += mass
             if MIN_P:
                 likely += tl.where(weight >= min_p, mass, 0)
-        x = ahead
+    return held, above, heavier, reached, total, likely
+
+
+@triton.jit
+def _collect(
+    row, length, low, up, top, rate, min_p, list_ptr,
+    TOTALS: tl.constexpr, MIN_P: tl.constexpr, DROP: tl.constexpr, ONE: tl.constexpr, DEPTH: tl.constexpr,
+    LANES: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """A pass: list the numbers whose images are low to up, and their ids, as far as each lane has room.
+
+    Return (how many each lane met, rank and mass above `up`, the mass of what is at least `low`, the mass of the row, the mass
+    of what min-p keeps); the last two where TOTALS asks.
+    """
+    tl.debug_barrier()  # the list before this one has been read
+    TILE: tl.constexpr = DEPTH * LANES
+    least = _number(low, DROP)
+    most = _number(up, DROP)
+    held = tl.zeros([LANES], tl.int32)
+    above = tl.zeros([LANES], tl.int32)
+    heavier = tl.zeros([LANES], tl.int64)
+    reached = tl.zeros([LANES], tl.int64)
+    total = tl.zeros([LANES], tl.int64)
+    likely = tl.zeros([LANES], tl.int64)
+    whole = length // TILE * TILE
+    for start in range(0, whole, TILE):
+        held, above, heavier, reached, total, likely = _append(
+            row, start, length, least, most, top, rate, min_p, list_ptr, held, above, heavier, reached, total, likely,
+            False, TOTALS, MIN_P, ONE, DEPTH, LANES, SLOTS,
+        )  # fmt: skip
+    for start in range(whole, length, LANES):
+        held, above, heavier, reached, total, likely = _append(
+            row, start, length, least, most, top, rate, min_p, list_ptr, held, above, heavier, reached, total, likely,
+            True, TOTALS, MIN_P, ONE, 1, LANES, SLOTS,
+        )  # fmt: skip
     tl.debug_barrier()
-    total = tl.sum(total, 0)
-    return found, total, tl.sum(likely, 0) if MIN_P else total
+    all_mass = tl.sum(total, 0)
+    return (
+        held, tl.sum(above, 0).to(tl.int64), tl.sum(heavier, 0), tl.sum(reached, 0), all_mass,
+        tl.sum(likely, 0) if MIN_P else all_mass,
+    )  # fmt: skip
 
 
 @triton.jit
-def _listed(keys_ptr, size, top, rate, DROP: tl.constexpr, ONE: tl.constexpr, TILE: tl.constexpr):
-    """Return the mass of a list."""
-    masses = tl.zeros([TILE], tl.int64)
-    for start in range(0, size, TILE):
-        places = start + tl.arange(0, TILE)
-        key = tl.load(keys_ptr + places, mask=places < size, other=LOWEST >> DROP)
-        masses += _mass(_number(key, DROP), top, rate, ONE)[1]
-    return tl.sum(masses, 0)
+def _narrowed(
+    list_ptr, narrow_ptr, held, low, up, DROP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Copy what a list has between two images to another list, or to itself; return how many each lane has there."""
+    tl.debug_barrier()
+    lane = tl.arange(0, LANES)
+    least = _number(low, DROP)
+    most = _number(up, DROP)
+    left = tl.zeros([LANES], tl.int32)
+    for start in range(0, tl.max(held, 0), DEPTH):
+        entries = ()
+        for depth in tl.static_range(DEPTH):
+            slot = start + depth
+            entries = entries + (tl.load(list_ptr + slot * LANES + lane, mask=slot < held, other=0),)  # type: ignore[assignment]  # noqa: RUF005
+        for depth in tl.static_range(DEPTH):
+            x = _entry_number(entries[depth])
+            inside = (x >= least) & (x <= most) & (start + depth < held)
+            tl.store(narrow_ptr + left * LANES + lane, entries[depth], mask=inside)
+            left += inside.to(tl.int32)
+    tl.debug_barrier()
+    return left
 
 
 @triton.jit
-def _largest(keys_ptr, size, up, TILE: tl.constexpr):
-    """Return the largest image of a list that is not above `up`."""
-    largest = tl.full([TILE], LEAST, tl.int32)
-    for start in range(0, size, TILE):
-        places = start + tl.arange(0, TILE)
-        key = tl.load(keys_ptr + places, mask=places < size, other=LEAST)
-        largest = tl.maximum(largest, tl.where(key <= up, key, LEAST))
-    return tl.max(largest, 0)
+def _only(list_ptr, held, low, up, DROP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """Return (image, id) of the one entry of a list that has its image between these two."""
+    lane = tl.arange(0, LANES)
+    least = _number(low, DROP)
+    most = _number(up, DROP)
+    found = tl.full([LANES], -1, tl.int64)
+    for start in range(0, tl.max(held, 0), DEPTH):
+        for depth in tl.static_range(DEPTH):
+            slot = start + depth
+            entry = tl.load(list_ptr + slot * LANES + lane, mask=slot < held, other=0)
+            x = _entry_number(entry)
+            found = tl.where((x >= least) & (x <= most) & (slot < held), entry, found)
+    entry = tl.max(found, 0)
+    return _image(_entry_number(entry), DROP), _entry_id(entry)
 
 
 @triton.jit
 def _above(
-    source, length, pivots, top, rate,
+    source, held, pivots, top, rate,
     LISTED: tl.constexpr, DROP: tl.constexpr, ONE: tl.constexpr, PIVOTS: tl.constexpr, DEPTH: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """A pass over a row or a list: how many images are at least each pivot, and their mass; int64 [PIVOTS] both.
+    """A pass over a row or a list: how many numbers are at least each pivot, and their mass; int64 [PIVOTS] both.
 
-    Two dimensions (pivot, lane) from the start, a lane to a thread: nothing moves between threads until the end.
+    Two dimensions (pivot, lane) from the start, a lane to a thread: nothing moves between threads until the end. The few
+    numbers that a lane has in a list are counted in the bits of an int64 that their mass leaves free.
     """
     lane = tl.arange(0, LANES)[None, :]
+    bound = held[None, :]
+    edges = _number(pivots, DROP)[:, None]
     counts = tl.zeros([PIVOTS, LANES], tl.int32)
     masses = tl.zeros([PIVOTS, LANES], tl.int64)
-    for start in range(0, length, DEPTH * LANES):
+    for start in range(0, tl.max(held, 0), DEPTH):
         for depth in tl.static_range(DEPTH):
-            places = start + depth * LANES + lane
-            inside = places < length
+            place = (start + depth) * LANES + lane
             if LISTED:
-                key = tl.load(source + places, mask=inside, other=LEAST)
-                x = tl.where(inside, _number(key, DROP), float("-inf"))
+                x = _entry_number(tl.load(source + place, mask=start + depth < bound, other=NOTHING))
             else:
-                x = _read(source, places, length)
-                key = tl.where(inside, _image(x, DROP), LEAST)
+                x = tl.load(source + place, mask=start + depth < bound, other=float("-inf")).to(tl.float32)
+            reached = x >= edges  # never by what is past the end: pivots lie above the lower end of a bracket
             mass = _mass(x, top, rate, ONE)[1]
-            reached = key >= pivots[:, None]
-            counts += reached.to(tl.int32)
+            if LISTED:
+                mass += COUNT
+            else:
+                counts += reached.to(tl.int32)
             masses += tl.where(reached, mass, 0)
+    if LISTED:
+        counts = (masses >> COUNT_BITS).to(tl.int32)
+        masses = masses & (COUNT - 1)
     return tl.sum(counts, 1).to(tl.int64), tl.sum(masses, 1)
 
 
@@ -183,32 +289,84 @@ def _inside(target, by_rank, pivots, counts, masses, low, up, rank_up, mass_up, 
 
 
 @triton.jit
-def _sampled(row, length, DROP: tl.constexpr, PIVOTS: tl.constexpr, SAMPLE: tl.constexpr):
-    """Return pivots that cut the row about evenly: order statistics of SAMPLE evenly spaced images."""
+def _sampled(row, length, DROP: tl.constexpr, SAMPLE: tl.constexpr):
+    """Return SAMPLE evenly spaced images, the largest first."""
     step = tl.arange(0, SAMPLE).to(tl.int64)
-    key = _image(_read(row, (step * length // SAMPLE).to(tl.int32), length), DROP)
-    return tl.max(tl.reshape(tl.sort(key), [PIVOTS, SAMPLE // PIVOTS]), 1)
+    return tl.sort(_image(_read(row, (step * length // SAMPLE).to(tl.int32), length), DROP), descending=True)
 
 
 @triton.jit
-def _nth(source, ids_ptr, length, key, n, LISTED: tl.constexpr, DROP: tl.constexpr, TILE: tl.constexpr):
-    """A pass: the n-th id, from 0, whose image is `key`; a list is in the order of its ids."""
+def _guess(sample, by_rank, share, low, up, top, rate, room, num_ids, DROP: tl.constexpr, SAMPLE: tl.constexpr):
+    """Return the part (low, up) of a bracket in which `share` of its rank or mass seems to be reached.
+
+    The share of the sample that lies above x has the variance ((1 - share)^2 sum of w^2 above + share^2 sum of w^2 below)
+    / (sum of w)^2. Places of the sample are taken that stand for three quarters of the room, or fewer, around the middle.
+    """
+    most = (room.to(tl.int64) * (SAMPLE * 3 // 4) // num_ids).to(tl.int32)
+    place = tl.arange(0, SAMPLE)
+    known = (sample >= low) & (sample <= up)
+    weight = tl.where(by_rank, 1.0, tl.exp2((_number(sample, DROP) - top) * rate))
+    weight = tl.where(known, weight, 0.0)
+    sums = tl.cumsum(weight, 0)
+    aim = share * tl.sum(weight, 0)
+    over = sums <= aim
+    lever = weight * tl.where(over, 1.0 - share, share)
+    margin = DEVIATIONS * tl.sqrt(tl.sum(lever * lever, 0))
+    first = tl.sum((sample > up).to(tl.int32), 0)
+    last = first + tl.sum(known.to(tl.int32), 0)
+    middle = tl.minimum(tl.sum(over.to(tl.int32), 0), last)
+    begin = tl.sum((sums <= aim - margin).to(tl.int32), 0) - SPARE
+    end = tl.sum((sums - weight < aim + margin).to(tl.int32), 0) + SPARE
+    begin = tl.maximum(tl.maximum(begin, middle - most // 2), first)
+    end = tl.maximum(tl.minimum(tl.minimum(end, begin + most), last), begin)
+    upper = tl.max(tl.where(place == begin - 1, sample, LEAST), 0)
+    lower = tl.max(tl.where(place == end, sample, LEAST), 0)
+    finite = (LOWEST >> DROP) + 1  # what is -inf has no mass, and a row may have more of them than fit
+    least_key = tl.maximum(tl.where(end < last, lower, low), finite)
+    most_key = tl.maximum(tl.where(begin > first, upper, up), finite)
+    one = tl.max(tl.where(place == begin, sample, LEAST), 0)
+    equals = (end - begin > SPARE) & (one == tl.max(tl.where(place == end - 1, sample, LEAST), 0)) & (one >= finite)
+    return tl.where(equals, one, least_key), tl.where(equals, one, most_key)
+
+
+@triton.jit
+def _nth(row, length, key, n, DROP: tl.constexpr, TILE: tl.constexpr):
+    """A pass over a row: the n-th id, from 0, whose image is `key`."""
     seen = tl.full([], 0, tl.int64)
     answer = 0
     for start in range(0, length, TILE):
         places = start + tl.arange(0, TILE)
-        inside = places < length
-        if LISTED:
-            equal = tl.load(source + places, mask=inside, other=LEAST) == key
-        else:
-            equal = inside & (_image(_read(source, places, length), DROP) == key)
+        equal = (places < length) & (_image(_read(row, places, length), DROP) == key)
         hit = equal & (seen + tl.cumsum(equal.to(tl.int32), 0) - 1 == n)
-        if LISTED:
-            answer += tl.sum(tl.load(ids_ptr + places, mask=hit, other=0), 0)
-        else:
-            answer += tl.sum(tl.where(hit, places, 0), 0)
+        answer += tl.sum(tl.where(hit, places, 0), 0)
         seen += tl.sum(equal.to(tl.int32), 0)
     return answer
+
+
+@triton.jit
+def _nth_listed(
+    list_ptr, held, num_ids, key, n,
+    DROP: tl.constexpr, PIVOTS: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Return the n-th id of a list, from 0, whose image is `key`: a search for the least id up to which there are n + 1."""
+    lane = tl.arange(0, LANES)[None, :]
+    bound = held[None, :]
+    low = tl.full([], -1, tl.int32)  # up to it there are not enough
+    up = num_ids - 1
+    while up - low > 1:
+        pivots = _cut(low, up, PIVOTS)
+        counts = tl.zeros([PIVOTS, LANES], tl.int32)
+        for start in range(0, tl.max(held, 0), DEPTH):
+            for depth in tl.static_range(DEPTH):
+                place = (start + depth) * LANES + lane
+                inside = start + depth < bound
+                entry = tl.load(list_ptr + place, mask=inside, other=0)
+                equal = inside & (_image(_entry_number(entry), DROP) == key)
+                counts += (tl.where(equal, _entry_id(entry), HIGHEST) <= pivots[:, None]).to(tl.int32)
+        enough = tl.sum(counts, 1) > n
+        low = tl.maximum(low, tl.max(tl.where(enough, -1, pivots), 0))
+        up = tl.minimum(up, tl.min(tl.where(enough, pivots, HIGHEST), 0))
+    return up
 
 
 @triton.jit
@@ -222,48 +380,62 @@ def _parameter(pointer, value, row, GIVEN: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=("num_ids", "stride_row", "temperature", "top_k", "top_p", "min_p"))
 def sample_kernel(
-    logits_ptr, uniforms_ptr, out_ptr, passes_ptr, keys_ptr, ids_ptr, coarse_ptr,
+    logits_ptr, uniforms_ptr, out_ptr, passes_ptr, list_ptr,
     temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, temperature, top_k, top_p, min_p, num_ids, stride_row,
     EACH_T: tl.constexpr, EACH_K: tl.constexpr, EACH_P: tl.constexpr, EACH_M: tl.constexpr,
-    MIN_P: tl.constexpr, DROP: tl.constexpr, ONE: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
-    TILE: tl.constexpr, CAPACITY: tl.constexpr,
+    MIN_P: tl.constexpr, DROP: tl.constexpr, ONE: tl.constexpr, SCAN_DEPTH: tl.constexpr, DEPTH: tl.constexpr,
+    LANES: tl.constexpr, SLOTS: tl.constexpr,
     PIVOTS: tl.constexpr, LIST_PIVOTS: tl.constexpr, LIST_DEPTH: tl.constexpr, SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """One program draws one row's id; it also says how often it read the row."""
+    tl.static_assert(SLOTS <= MOST_SLOTS)
     number = tl.program_id(0)
     row = logits_ptr + number.to(tl.int64) * stride_row
-    keys_ptr += number.to(tl.int64) * CAPACITY
-    ids_ptr += number.to(tl.int64) * CAPACITY
+    list_ptr += number.to(tl.int64) * (2 * SLOTS * LANES)
     heat = _parameter(temperature_ptr, temperature, number, EACH_T, tl.float32)
     first_k = _parameter(top_k_ptr, top_k, number, EACH_K, tl.int64)
     share = _parameter(top_p_ptr, top_p, number, EACH_P, tl.float64)
     least = _parameter(min_p_ptr, min_p, number, EACH_M, tl.float32)
     uniform = tl.load(uniforms_ptr + number).to(tl.float64)
 
-    best, answer, floor = _scan(row, num_ids, DROP, DEPTH, LANES)
+    best, answer, floor = _scan(row, num_ids, DROP, SCAN_DEPTH, LANES)
     passes = 1
     if (heat != 0.0) & (best > LOWEST >> DROP) & (best < INFINITE >> DROP):  # else the first is the answer
         top = _number(best, DROP)
         rate = tl.minimum(1.4426950408889634 / heat, STEEPEST)
-        # the list: all images from `low` to `up`, if there are no more than it holds
-        low = floor
-        up = best
-        count, total, likely = _collect(
-            row, num_ids, low, up, top, rate, least, keys_ptr, ids_ptr, True, MIN_P, DROP, ONE, TILE, CAPACITY
+        lowest = tl.full([], LOWEST >> DROP, tl.int32)
+        none = tl.full([], 0, tl.int64)
+        everyone = num_ids.to(tl.int64)
+        room = tl.full([], SLOTS * LANES // 2, tl.int32)  # lanes are not filled evenly
+        sample = _sampled(row, num_ids, DROP, SAMPLE)
+
+        # the first list: around the first edge, or all
+        limited = (first_k > 0) & (first_k < num_ids)
+        chance = uniform.to(tl.float32)
+        if MIN_P:
+            weight = tl.exp2((_number(sample, DROP) - top) * rate)
+            chance *= tl.sum(tl.where(weight >= least, weight, 0.0), 0) / tl.maximum(tl.sum(weight, 0), 1e-30)
+        chance = tl.where(share < 1.0, share.to(tl.float32), chance)
+        chance = tl.where(limited, first_k.to(tl.float32) / num_ids.to(tl.float32), chance)
+        low, up = _guess(sample, limited, chance, lowest, best, top, rate, room, num_ids, DROP, SAMPLE)
+        if limited & (first_k <= LANES):
+            low = tl.maximum(floor, lowest + 1)
+            up = best
+        if num_ids <= SLOTS * LANES:
+            low = lowest + 1
+            up = best
+        held, rank_up, mass_up, mass_low, total, likely = _collect(
+            row, num_ids, low, up, top, rate, least, list_ptr, True, MIN_P, DROP, ONE, DEPTH, LANES, SLOTS
         )
         passes += 1
-        rank_up = tl.full([], 0, tl.int64)
-        mass_up = tl.full([], 0, tl.int64)
-        rank_low = count.to(tl.int64)
-        mass_low = _listed(keys_ptr, tl.minimum(count, CAPACITY), top, rate, DROP, ONE, TILE)
-        coarse = coarse_ptr + number.to(tl.int64) * 3 * PIVOTS + tl.arange(0, PIVOTS)
-        have_coarse = False
+        rank_low = rank_up + tl.sum(held, 0)
+        fits = (tl.max(held, 0) <= SLOTS).to(tl.int32)
         kept = total
         for query in range(3):  # the edge of top-k by rank; the edge of top-p by mass; the draw by mass
             by_rank = query == 0
             if query == 0:
                 target = first_k
-                active = (first_k > 0) & (first_k < num_ids)
+                active = limited & ((target <= rank_low) | (mass_low < total))  # else all that has mass is kept
             elif query == 1:
                 exact = share * kept.to(tl.float64)
                 target = exact.to(tl.int64)
@@ -274,40 +446,51 @@ def sample_kernel(
                 target = tl.minimum((uniform * kept.to(tl.float64)).to(tl.int64) + 1, kept)
                 active = target > 0
             if active:
-                above_up = tl.where(by_rank, rank_up, mass_up)
-                above_low = tl.where(by_rank, rank_low, mass_low)
-                if (target <= above_up) | (target > above_low) | (rank_low - rank_up > CAPACITY):
-                    low = tl.full([], LOWEST >> DROP, tl.int32)
-                    up = best
-                    rank_up = tl.full([], 0, tl.int64)
-                    mass_up = tl.full([], 0, tl.int64)
-                    rank_low = num_ids.to(tl.int64)
-                    mass_low = total
-                    if have_coarse:
-                        low, up, rank_up, mass_up, rank_low, mass_low = _inside(
-                            target, by_rank, tl.load(coarse).to(tl.int32), tl.load(coarse + PIVOTS),
-                            tl.load(coarse + 2 * PIVOTS), low, up, rank_up, mass_up, rank_low, mass_low,
-                        )  # fmt: skip
-                    while (rank_low - rank_up > CAPACITY) & (low < up):
+                # what the list says of where the target lies
+                if target <= tl.where(by_rank, rank_up, mass_up):
+                    low, rank_low, mass_low = up + 1, rank_up, mass_up
+                    up, rank_up, mass_up = best, none, none
+                    fits = 0
+                elif target > tl.where(by_rank, rank_low, mass_low):
+                    up, rank_up, mass_up = low - 1, rank_low, mass_low
+                    low, rank_low, mass_low = lowest, everyone, total
+                    fits = 0
+                guesses = 0
+                while (fits == 0) & (low < up):
+                    if (rank_low - rank_up > room) & (guesses >= GUESSES):
                         pivots = _cut(low, up, PIVOTS)
-                        if not have_coarse:
-                            pivots = _sampled(row, num_ids, DROP, PIVOTS, SAMPLE)
-                        counts, masses = _above(row, num_ids, pivots, top, rate, False, DROP, ONE, PIVOTS, DEPTH, LANES)
-                        passes += 1
-                        if not have_coarse:
-                            tl.store(coarse, pivots.to(tl.int64))  # kept here: in registers they would cost too many
-                            tl.store(coarse + PIVOTS, counts)
-                            tl.store(coarse + 2 * PIVOTS, masses)
-                            tl.debug_barrier()
-                        have_coarse = True
+                        full = (num_ids - tl.arange(0, LANES) + LANES - 1) // LANES
+                        counts, masses = _above(row, full, pivots, top, rate, False, DROP, ONE, PIVOTS, DEPTH, LANES)
                         low, up, rank_up, mass_up, rank_low, mass_low = _inside(
                             target, by_rank, pivots, counts, masses, low, up, rank_up, mass_up, rank_low, mass_low
                         )
-                    if rank_low - rank_up <= CAPACITY:
-                        _collect(
-                            row, num_ids, low, up, top, rate, least, keys_ptr, ids_ptr, False, False, DROP, ONE, TILE, CAPACITY
+                    else:
+                        least_key = tl.maximum(low, lowest + 1)
+                        most_key = up
+                        if rank_low - rank_up > room:
+                            above_up = tl.where(by_rank, rank_up, mass_up)
+                            above_low = tl.where(by_rank, rank_low, mass_low)
+                            part = (target - above_up).to(tl.float32) / (above_low - above_up).to(tl.float32)
+                            least_key, most_key = _guess(
+                                sample, by_rank, part, low, up, top, rate, room, num_ids, DROP, SAMPLE
+                            )
+                        held, above, heavier, reached, _, _ = _collect(
+                            row, num_ids, least_key, most_key, top, rate, least, list_ptr, False, False, DROP,
+                            ONE, DEPTH, LANES, SLOTS,
                         )  # fmt: skip
-                        passes += 1
+                        count = tl.sum(held, 0)
+                        if target <= tl.where(by_rank, above, heavier):
+                            low, rank_low, mass_low = most_key + 1, above, heavier
+                        elif target > tl.where(by_rank, above + count, reached):
+                            up, rank_up, mass_up = least_key - 1, above + count, reached
+                        else:
+                            low, rank_low, mass_low = least_key, above + count, reached
+                            up, rank_up, mass_up = most_key, above, heavier
+                            fits = (tl.max(held, 0) <= SLOTS).to(tl.int32)
+                            if fits == 0:
+                                room = tl.minimum(room, count // 2)
+                        guesses += 1
+                    passes += 1
 
                 at = low
                 end = up
@@ -315,20 +498,25 @@ def sample_kernel(
                 heavier = mass_up
                 ranks_low = rank_low
                 heavier_low = mass_low
-                size = (rank_low - rank_up).to(tl.int32)
-                while at < end:
-                    end = _largest(keys_ptr, size, end, TILE)  # equals end the search as soon as they are alone
-                    if ranks_low - ranks == 1:
-                        at = end
-                    if at < end:
-                        pivots = _cut(at, end, LIST_PIVOTS)
-                        counts, masses = _above(
-                            keys_ptr, size, pivots, top, rate, True, DROP, ONE, LIST_PIVOTS, LIST_DEPTH, LANES
-                        )
-                        at, end, ranks, heavier, ranks_low, heavier_low = _inside(
-                            target, by_rank, pivots, counts + rank_up, masses + mass_up,
-                            at, end, ranks, heavier, ranks_low, heavier_low,
-                        )  # fmt: skip
+                near_ptr = list_ptr  # the list, or what is left of it
+                near_held = held
+                near_rank = rank_up
+                near_mass = mass_up
+                while (at < end) & (ranks_low - ranks > 1):
+                    pivots = _cut(at, end, LIST_PIVOTS)
+                    counts, masses = _above(
+                        near_ptr, near_held, pivots, top, rate, True, DROP, ONE, LIST_PIVOTS, LIST_DEPTH, LANES
+                    )
+                    at, end, ranks, heavier, ranks_low, heavier_low = _inside(
+                        target, by_rank, pivots, counts + near_rank, masses + near_mass,
+                        at, end, ranks, heavier, ranks_low, heavier_low,
+                    )  # fmt: skip
+                    if tl.max(near_held, 0) > 2 * LIST_DEPTH:
+                        narrow_ptr = list_ptr + SLOTS * LANES
+                        near_held = _narrowed(near_ptr, narrow_ptr, near_held, at, end, DROP, DEPTH, LANES)
+                        near_ptr, near_rank, near_mass = narrow_ptr, ranks, heavier
+                if (fits != 0) & (ranks_low - ranks == 1):
+                    at, answer = _only(near_ptr, near_held, at, end, DROP, LIST_DEPTH, LANES)
 
                 # the target lies among the ids whose image is `at`
                 one = _mass(_number(at, DROP), top, rate, ONE)[1]
@@ -336,12 +524,12 @@ def sample_kernel(
                     kept = heavier + (target - ranks) * one
                 elif query == 1:
                     kept = heavier + (target - heavier + one - 1) // one * one
-                else:
+                elif (fits == 0) | (ranks_low - ranks > 1):
                     n = (target - heavier - 1) // one
-                    if rank_low - rank_up <= CAPACITY:
-                        answer = _nth(keys_ptr, ids_ptr, size, at, n, True, DROP, TILE)
+                    if fits != 0:
+                        answer = _nth_listed(near_ptr, near_held, num_ids, at, n, DROP, LIST_PIVOTS, LIST_DEPTH, LANES)
                     else:
-                        answer = _nth(row, ids_ptr, num_ids, at, n, False, DROP, TILE)
+                        answer = _nth(row, num_ids, at, n, DROP, DEPTH * LANES)
                         passes += 1
     tl.store(out_ptr + number, answer)
     tl.store(passes_ptr + number, passes)

@@ -71,7 +71,8 @@ def flash_attention(
     Query t stands at key position t + S - T: causal, it sees keys up to there; with a `window`, only those nearer than it
     (both ways when not causal). A query that sees nothing gives 0 and -inf. `scale` is 1 / sqrt(H) by default. float16,
     bfloat16 or float32 (in full precision); N a multiple of K. Any strides: a stride within a head is copied away.
-    `deterministic` keeps every sum of the backward in one order. `KernelError` says what does not fit.
+    `deterministic` insists on a configuration that keeps every sum of the backward in one order, as the chosen one does.
+    `KernelError` says what does not fit.
     """
     expect_triton_device("q_BTNH", q_BTNH)
     check_dense(q_BTNH, k_BSKH, v_BSKH, FLOATS)
@@ -121,7 +122,7 @@ def _cuts(q: Tensor, deterministic: bool, config: AttentionConfig | None) -> tup
             f"config.keys.fused = {config.keys.fused} ({ADDS[config.keys.fused]}): expected 0 with deterministic=True, because "
             "atomic additions come in no fixed order; try config=None"
         )
-    chosen = config or choose_config(q.shape[-1], q.dtype, deterministic=deterministic)
+    chosen = config or choose_config(q.shape[-1], q.dtype)
     padded = triton.next_power_of_2(q.shape[-1])
     for part in chosen[: 2 if chosen.keys.fused else 3]:
         expect_fitting(part, padded, q.element_size())
@@ -219,7 +220,7 @@ def _run_forward(
             _describe(q, cfg.block_m, padded, tma), _describe(k, cfg.block_n, padded, tma),
             _describe(v, cfg.block_n, padded, tma), q, k, v, out, lse, top, spread, query_starts, key_starts,
             *outer_strides(q), *outer_strides(k), *outer_strides(v), *outer_strides(out),
-            shape.sequences, shape.queries, shape.keys, heads, section, longest_query, rule.window, rule.unit, rule.inner,
+            shape.sequences, shape.queries, shape.keys, heads, section, longest_query, rule.window, rule.unit, rule.inner, 0,
             GROUP=shape.group, VARLEN=packed, WIDTH=q.shape[-1], PADDED=padded, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
             STAGES=cfg.stages, TMA=tma, AHEAD=bool(cfg.ahead), WGMMA=not is_interpreting(),
             PRECISION=precision(q), **rule.flags,

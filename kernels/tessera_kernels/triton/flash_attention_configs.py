@@ -162,13 +162,12 @@ CONFIGS: tuple[AttentionConfig, ...] = tuple(_configs())
 """The directions are independent, so that not every pair is needed."""
 
 
-def choose_config(width: int, dtype: torch.dtype, *, deterministic: bool) -> AttentionConfig:
+def choose_config(width: int, dtype: torch.dtype) -> AttentionConfig:
     """Return the configuration for this head width and dtype, by the sweeps on an H200 of 2026-11-21.
 
-    dQ has a kernel of its own whether that is asked for (`deterministic`) or not: two more products of seven cost less than
-    additions into memory (S 4096: 3.2 ms against 4.1 at width 128, 2.2 against 2.5 at 64, the same at 256).
+    dQ has a kernel of its own, so that every sum is in one order: two more products beside five cost less than additions
+    into memory (S 4096: 3.2 ms against 4.1 at width 128, 2.2 against 2.5 at 64).
     """
-    del deterministic
     if dtype == torch.float32:  # no tensor cores at full precision: small tiles in plain registers
         keys = KeyConfig(32, 32, 8, 1, 0, 0, 0, 0)
         return AttentionConfig(ForwardConfig(32, 32, 8, 1, 0, 0), keys, QueryConfig(32, 32, 8, 1, 0))

@@ -31,7 +31,7 @@ from tessera_kernels.triton._attention_tiles import (
     tanh,
 )
 
-_NO_SPECIAL = ("queries", "keys", "heads", "section", "longest", "window", "unit", "inner")
+_NO_SPECIAL = ("queries", "keys", "heads", "section", "longest", "window", "unit", "inner", "zero")
 
 LOWEST = tl.constexpr(-1e30)
 """Where a running maximum starts: finite, so that every difference and product with it is a number."""
@@ -114,7 +114,7 @@ def _numbers_of(bits, zero, dtype: tl.constexpr, WGMMA: tl.constexpr):
 
     A product under way goes on reading its registers. As a number that passes from turn to turn of the loop, the next tile's
     bits are written over this one's before anything waits: the PTX ISA leaves that undefined, and on an H200 some rows in a
-    thousand came out wrong. `zero` is one that the compiler does not know to be 0; impure, the copy stays where it is.
+    thousand came out wrong. `zero` is an argument, which the compiler cannot know to be 0; impure, the copy stays where it is.
     """
     if WGMMA and bits.dtype == tl.int16:
         bits = tl.inline_asm_elementwise(
@@ -126,7 +126,7 @@ def _numbers_of(bits, zero, dtype: tl.constexpr, WGMMA: tl.constexpr):
 @triton.jit
 def _attend_ahead(
     q, top, total, mixed, low, whole_low, whole_high, high, row, keys, past, window, inner, unit_log2,
-    k_desc, k_head, stride_ks, v_desc, v_head, stride_vs, batch, kv_head, first,
+    k_desc, k_head, stride_ks, v_desc, v_head, stride_vs, batch, kv_head, first, zero,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, VARLEN: tl.constexpr, WIDTH: tl.constexpr,
     PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, WGMMA: tl.constexpr,
@@ -139,7 +139,6 @@ def _attend_ahead(
     it, and in float32 it takes twice the registers.
     """
     if low < high:
-        zero = keys >> 31
         k = load_tile(k_desc, k_head, batch, kv_head, first, low, keys, stride_ks, BLOCK_N, WIDTH, PADDED, TMA, VARLEN)
         scores = _scores(q, k, inner, SOFTCAP, PRECISION)
         scores = _hide(scores, row, low, keys, past, window, whole_low, whole_high, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
@@ -184,7 +183,7 @@ def forward_kernel(
     q_desc, k_desc, v_desc, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, top_ptr, spread_ptr, query_starts, key_starts,
     stride_qb, stride_qt, stride_qn, stride_kb, stride_ks, stride_kn, stride_vb, stride_vs, stride_vn,
     stride_ob, stride_ot, stride_on,
-    sequences, queries, keys, heads, section, longest, window, unit, inner,
+    sequences, queries, keys, heads, section, longest, window, unit, inner, zero,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, VARLEN: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr, AHEAD: tl.constexpr, WGMMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -228,9 +227,8 @@ def forward_kernel(
     if AHEAD:
         top, total, mixed = _attend_ahead(
             q, top, total, mixed, low, whole_low, whole_high, high, row, k_length, past, window, inner, unit_log2,
-            k_desc, k_head, stride_ks, v_desc, v_head, stride_vs, batch, kv_head, k_first,
-            CAUSAL, WINDOW, SOFTCAP, VARLEN, WIDTH, PADDED, BLOCK_M, BLOCK_N, STAGES, TMA, PRECISION,
-            WGMMA,
+            k_desc, k_head, stride_ks, v_desc, v_head, stride_vs, batch, kv_head, k_first, zero,
+            CAUSAL, WINDOW, SOFTCAP, VARLEN, WIDTH, PADDED, BLOCK_M, BLOCK_N, STAGES, TMA, PRECISION, WGMMA,
         )  # fmt: skip
     else:
         top, total, mixed = _attend(

@@ -6,17 +6,20 @@
 
     mode "chunked", 6 X V D operations              mode "no_logits", 8 X V D operations
     +--------------- V ---------------+             +-- V --+-------+-------+
-    | logit_rows, float32             | cuBLAS      |       |       |       |   1. logits of a tile, online sums [X]
-    | one program a row: ->  top, sum |             |   X   | tile  |       |
-    |                    <-  slopes   | -> bf16     |       |       |       |   2. logits again, slopes, both products:
-    +---------------------------------+             +-------+-------+-------+      d head of the tile is finished at once
+    | rows of a chunk: powers of each | own         |       |       |       |   1. logits of a tile, online sums [X]
+    | tile, float16, and its sums     | product     |   X   | tile  |       |
+    | one program a row: slopes over  |             |       |       |       |   2. logits again, slopes, both products:
+    | its powers, in their memory     |             +-------+-------+       |      d head of the tile is finished at once
+    +---------------------------------+
 
-    HBM        logits float32 and slopes (the input dtype) of one chunk; of a tile in the same memory; d hidden; d head
-    registers  one tile of a row; its running maximum and sums
-    shared     what the loop prefetches; the reduction across warps
+    HBM        powers, then slopes (2 bytes an id) of one chunk, 12 bytes a row and tile of sums; d hidden; d head
+    registers  a tile of logits in the product's epilogue (`_logit_tiles`), the only place where they exist
+    shared     what the products load ahead
 
-The row is walked forward for its sums and backward for its slopes, so that the second walk begins with what L2 still
-holds. The label's term stays out of the sum: a loss of 1e-3 has as many digits as one of 10. z[label] is a dot product of
+What TMA does not read (float32, odd strides, Ampere) and small calls take the library's product instead: `logit_rows` rows
+of float32 logits at a time, which one program a row walks forward for its sums and backward for its slopes, so that the
+second walk begins with what L2 still holds (`_cross_entropy_rows`). No-logits tiles do the same.
+The label's term stays out of the sum: a loss of 1e-3 has as many digits as one of 10. z[label] is a dot product of
 its own, and what the matrix product lacks of it says what the others lack (`_row_math.without_shortfall`).
 `accumulate` is the dtype in which d head is summed over chunks. Memory beyond the gradients is `chunk_bytes`, the pieces
 of one chunk's d hidden in float32 and, where d head is returned in half precision but summed in float32, that sum (4 V D):
@@ -35,6 +38,7 @@ from torch import Tensor
 
 from tessera_kernels.checks import expect_triton_device
 from tessera_kernels.triton import _cross_entropy_rows as kernels
+from tessera_kernels.triton import _logit_tiles as tiles
 from tessera_kernels.triton._label_logits import label_logits
 from tessera_kernels.triton._launch import graph_op, on_device
 from tessera_kernels.triton._linear_loss import (
@@ -52,6 +56,7 @@ from tessera_kernels.triton._linear_loss import (
     pieces,
     plan_chunks,
     plan_columns,
+    plan_rows,
     product,
     readable,
     slopes_within,
@@ -59,20 +64,21 @@ from tessera_kernels.triton._linear_loss import (
 )
 
 CHUNK_BYTES = {"chunked": 544 * 2**20, "no_logits": 32 * 2**20}
-"""Bytes for logits and slopes by default. At a vocabulary of 128,256 and 8,192 rows: 8 chunks, 0.49 GiB; or 127 tiles."""
+"""Bytes for logits and slopes by default. At a vocabulary of 128,256 and 8,192 rows: 4 chunks, 0.5 GiB; or 127 tiles."""
 
 STATE_BYTES = 24
 """What a row takes beside its tile: label's logit, loss, and the four sums that pass from tile to tile."""
 
 CONFIGS: tuple[LossConfig, ...] = (
-    LossConfig(block=2048, num_warps=4, stages=1),
-    LossConfig(block=4096, num_warps=8, stages=1),
-    LossConfig(block=4096, num_warps=8, stages=3),
-    LossConfig(block=8192, num_warps=16, stages=1),
-    LossConfig(block=8192, num_warps=16, stages=2),
-    LossConfig(block=8192, num_warps=32, stages=1),
+    LossConfig(product=2),
+    LossConfig(product=2, stages=3),
+    LossConfig(block=8192, num_warps=16, stages=1, product=1),
+    LossConfig(block=8192, num_warps=16, stages=2, product=1),
+    LossConfig(block=8192, num_warps=32, stages=1, product=1),
+    LossConfig(block=4096, num_warps=8, stages=1, product=1),
+    LossConfig(block=2048, num_warps=4, stages=1, product=1),
 )
-"""Shapes of the row kernel that the GPU lane runs and the sweep times."""
+"""Both products, and shapes of the row kernel behind the library's, that the GPU lane runs and the sweep times."""
 
 
 def choose_config(columns: int) -> LossConfig:
@@ -191,6 +197,9 @@ def _in_chunks(
     hidden: Tensor, head: Tensor, rows_of: RowData, sums: GradientSums, write: bool, convention: tuple[int, float, float],
     budget: int, cut: LossConfig,
 ) -> None:  # fmt: skip
+    if _wants_powers(cut, hidden, head) and tiles.reads(hidden, head):
+        _in_chunks_of_powers(hidden, head, rows_of, sums, write, convention, budget, cut)
+        return
     (num_rows, width), vocab = hidden.shape, head.shape[0]
     labels, exact, losses, unit = rows_of
     plan = plan_chunks(num_rows, vocab, models=1, slope_bytes=hidden.element_size() * write, budget=budget)
@@ -207,8 +216,33 @@ def _in_chunks(
             place = chunk.start + part.start
             kernels.row_kernel[(count,)](
                 logits, slopes[part] if write else slopes, labels[place:], exact[place:], losses[place:], unit, vocab,
-                padded, *convention, WRITE=write, **options,
+                padded, *convention, SHORT=hidden.dtype != torch.float32, WRITE=write, **options,
             )  # fmt: skip
+        if write:
+            sums.add_rows(slopes[: len(states), :vocab], states, chunk, splits)
+
+
+def _wants_powers(cut: LossConfig, hidden: Tensor, head: Tensor) -> bool:
+    """Was the product with sums in its epilogue asked for, or has it whole tiles (of 128 rows by 256 ids) to do?"""
+    return cut.product == 2 or (cut.product == 0 and not cut.logit_rows and len(hidden) >= 64 and len(head) >= 1024)
+
+
+def _in_chunks_of_powers(
+    hidden: Tensor, head: Tensor, rows_of: RowData, sums: GradientSums, write: bool, convention: tuple[int, float, float],
+    budget: int, cut: LossConfig,
+) -> None:  # fmt: skip
+    (num_rows, width), vocab = hidden.shape, head.shape[0]
+    labels, exact, losses, unit = rows_of
+    padded = padded_columns(vocab)
+    row_bytes = tiles.partial_bytes(vocab) + hidden.element_size() * padded * write
+    rows = min(cut.rows or plan_rows(num_rows, row_bytes, budget), num_rows)
+    splits = cut.hidden_splits or choose_splits(rows, width, vocab)
+    slopes = hidden.new_empty(rows if write else 1, padded)
+    for chunk in pieces(num_rows, rows):
+        states = hidden[chunk]
+        of_rows = labels[chunk], exact[chunk], losses[chunk], unit
+        stages = cut.stages if cut.product == 2 else 0
+        tiles.multiply_and_finish(states, head, slopes[: len(states)], of_rows, convention, write, stages)
         if write:
             sums.add_rows(slopes[: len(states), :vocab], states, chunk, splits)
 
@@ -230,7 +264,7 @@ def _in_tiles(
         kernels.tile_sums[(num_rows,)](
             logits, labels, state, ids.start, width, columns, num_rows, convention[2], **options
         )
-    flags = {"CAPPED": options["CAPPED"], "num_warps": 4, "ROWS": 128}
+    flags = {"CAPPED": options["CAPPED"], "SHORT": hidden.dtype != torch.float32, "num_warps": 4, "ROWS": 128}
     kernels.tile_losses[(triton.cdiv(num_rows, 128),)](
         state, labels, exact, losses, vocab, num_rows, *convention, **flags
     )

@@ -15,8 +15,9 @@ The weight is the wide operand: a tile of it is BLOCK_F outputs x 128 inputs, ro
 
 Scales of whole rows multiply the result. Scales of groups multiply either float32 partial sums (`late`: few rows, integer
 weights stay exact) or the weights, rounded to x's dtype once as a dequantized weight is (many rows). With few outputs the
-inputs are split among programs; partial sums are added in one fixed order by a second kernel. No atomics: same inputs and
-configuration, same bits; and a row's answer does not depend on its neighbors.
+inputs are split among programs; partial sums are added in one fixed order by a second kernel, which is launched while the
+first still runs (programmatic dependent launch). No atomics: same inputs and configuration, same bits; and a row's answer
+does not depend on its neighbors.
 
 Reference: `tessera_kernels.reference.quant_matmul`.
 """
@@ -83,27 +84,28 @@ class Config:
     @property
     def late(self) -> bool:
         """Do scales of groups multiply partial sums rather than weights? For few rows there is less to multiply."""
-        return self.kind == "vector" or self.block_x <= 32
+        return self.kind == "vector" or not self.wide or self.block_x <= 32
 
 
 KINDS = ("tile", "vector", "dequantize")
 
+_FEW = Config("tile", 64, 16, False, 1, 4, 5)
+_SOME = (Config("tile", 64, 32, True, 1, 4, 3), Config("tile", 128, 64, True, 1, 8, 3))
+_MANY = (Config("tile", 128, 128, True, 1, 8, 3), Config("tile", 256, 128, True, 1, 8, 3))
+_FLOAT32 = Config("vector", 32, 1, True, 1, 4, 6)
+SPLITS = (1, 2, 4, 8)
+
 CONFIGS: tuple[Config, ...] = (
-    *(Config("tile", 32, 16, False, splits, 4, 6) for splits in (1, 2, 4)),
-    *(Config("tile", 64, 16, False, splits, 4, 6) for splits in (1, 2, 4, 8)),
-    *(Config("tile", 128, 16, False, splits, 4, 4) for splits in (2, 4, 8)),
-    *(Config("tile", 64, 16, True, splits, 4, 6) for splits in (1, 2, 4, 8)),
-    *(Config("tile", 128, 16, True, splits, 4, 4) for splits in (2, 4, 8)),
-    *(Config("vector", 16, 1, True, splits, 4, 6) for splits in (1, 2)),
-    *(Config("vector", 32, 1, True, splits, 4, 6) for splits in (1, 2, 4)),
-    *(Config("tile", 64, 32, False, splits, 4, 5) for splits in (1, 2, 4, 8)),
-    *(Config("tile", 128, 32, True, splits, 4, 4) for splits in (1, 2, 4, 8)),
-    *(Config("tile", 128, 64, True, splits, 4, 4) for splits in (1, 2, 4, 8)),
-    *(Config("tile", 128, 128, True, splits, 4, 3) for splits in (1, 2, 4)),
-    *(Config("tile", 128, 128, True, splits, 4, 2) for splits in (1, 2)),
-    *(Config("tile", 128, 128, True, splits, 8, 3) for splits in (1, 2, 4, 8)),
-    *(Config("tile", 128, 256, True, splits, 8, 2) for splits in (1, 2)),
-    Config("tile", 256, 128, True, 1, 8, 3),
+    *(replace(config, splits=splits) for config in (_FEW, *_SOME, *_MANY) for splits in SPLITS),
+    *(Config("tile", 128, 16, False, splits, 4, 4) for splits in SPLITS),
+    *(Config("tile", 128, 16, False, splits, 8, 4) for splits in SPLITS),
+    *(Config("tile", 128, 64, True, splits, 4, 3) for splits in (2, 4)),
+    *(Config("tile", 64, 64, True, splits, 4, 3) for splits in (2, 4)),
+    *(Config("tile", 64, 128, True, splits, 4, 3) for splits in (1, 2)),
+    *(Config("tile", 128, 256, True, splits, 8, 3) for splits in (1, 2)),
+    Config("tile", 128, 128, True, 1, 8, 4),
+    replace(_FLOAT32, splits=2),
+    _FLOAT32,
     Config("dequantize"),
 )
 """Every configuration that `choose_config` can give, and those it was chosen from."""
@@ -114,15 +116,15 @@ def choose_config(rows: int, num_outputs: int, width: int, bits: int, *, is_floa
     if rows >= (FLOAT32_ROWS if is_float32 else DEQUANTIZE_ROWS[bits]):
         return Config("dequantize")
     if is_float32:
-        return Config("vector", 32, 1, True, 1, 4, 6)
-    if rows <= 16:
-        return _split(Config("tile", 64, 16, False, 1, 4, 6), num_outputs, width, rows)
-    if rows <= 32:
-        return _split(Config("tile", 64, 32, False, 1, 4, 5), num_outputs, width, rows)
-    if rows <= 64:
-        return _split(Config("tile", 128, 64, True, 1, 4, 4), num_outputs, width, rows)
-    return _split(Config("tile", 128, 128, True, 1, 8, 3), num_outputs, width, rows)
+        return _FLOAT32
+    for most_rows, config, programs_per_sm in _BY_ROWS:
+        if rows <= most_rows:
+            return _split(config, num_outputs, width, rows, programs_per_sm)
+    return _split(_MANY[1], num_outputs, width, rows, 1)
 
+
+_BY_ROWS = ((16, _FEW, 4), (32, _SOME[0], 4), (64, _SOME[1], 2), (128, _MANY[0], 1))
+"""Up to so many rows, this tile, of which one multiprocessor holds so many."""
 
 DEQUANTIZE_ROWS = {8: 1024, 4: 1024}
 """From so many rows on, the product is long enough to hide writing the whole weight out once."""
@@ -134,8 +136,8 @@ FLOAT32_TILE = 64 * 32
 """Largest tile of y for float32: each thread keeps whole rows of operands."""
 
 
-PROGRAMS = 256
-"""About two programs for each of 132 multiprocessors."""
+NUM_SMS = 132
+"""Multiprocessors of the GPU that the choices were made for."""
 
 
 def _expect_fit(config: Config, x_XD: Tensor, bits: int) -> None:
@@ -152,10 +154,10 @@ def _expect_fit(config: Config, x_XD: Tensor, bits: int) -> None:
     expect_between("bytes of tiles in flight", held, 0, SHARED_BYTES, "that is the shared memory of one program")
 
 
-def _split(config: Config, num_outputs: int, width: int, rows: int) -> Config:
-    """Divide the inputs among programs until the GPU is full, each left with at least 8 tiles; powers of two up to 8."""
+def _split(config: Config, num_outputs: int, width: int, rows: int, programs_per_sm: int) -> Config:
+    """Divide the inputs among programs as long as all run at once, each left with at least 8 tiles; powers of two up to 8."""
     programs, splits = triton.cdiv(num_outputs, config.block_f) * triton.cdiv(rows, config.block_x), 1
-    while splits < 8 and programs * splits * 2 <= PROGRAMS * 3 // 2 and width >= TILE * 8 * splits * 2:
+    while splits < 8 and programs * splits * 2 <= NUM_SMS * programs_per_sm and width >= TILE * 8 * splits * 2:
         splits *= 2
     return replace(config, splits=splits)
 
@@ -231,9 +233,11 @@ def _launch(x_XD: Tensor, codes: Tensor, steps: Tensor, bits: int, group: int,
     tiles, outputs = codes.shape[:2]
     parts = out_XF if splits == 1 else x.new_empty((splits, rows, outputs), dtype=torch.float32)
     shared = (x, codes, steps, parts, rows, width, outputs, steps.shape[0] - 1, tiles, triton.cdiv(tiles, splits))
+    early_add = splits > 1 and _has_trick(x)
     options: dict[str, Any] = {
         "BITS": bits, "GROUP": group, "BLOCK_F": block_f, "TRICK": _has_trick(x), "STAGES": num_stages,
-        "SCALE": CHANNEL if group == 0 else LATE if config.late else EARLY, "num_warps": num_warps, "num_stages": num_stages,
+        "SCALE": CHANNEL if group == 0 else LATE if config.late else EARLY, "EARLY_ADD": early_add,
+        "num_warps": num_warps, "num_stages": num_stages,
     }  # fmt: skip
     blocks_f = triton.cdiv(outputs, block_f)
     with on_device(x):
@@ -245,8 +249,9 @@ def _launch(x_XD: Tensor, codes: Tensor, steps: Tensor, bits: int, group: int,
             tile_kernel[blocks_f * triton.cdiv(rows, block_x), splits](*shared, x.stride(0), **options)
         if splits > 1:
             add_splits_kernel[(triton.cdiv(rows * outputs, 512),)](
-                parts, out_XF, rows * outputs, SPLITS=splits, BLOCK=512
-            )
+                parts, out_XF, rows * outputs, SPLITS=splits, BLOCK=512, EARLY_ADD=early_add,
+                **({"launch_pdl": True} if early_add else {}),
+            )  # fmt: skip
     return out_XF
 
 
@@ -264,7 +269,8 @@ def _dequantized(codes: Tensor, steps: Tensor, bits: int, group: int, width: int
     if weight_FD.numel():
         with on_device(codes):
             dequantize_kernel[tiles, triton.cdiv(outputs, 64)](
-                codes, steps, weight_FD, width, outputs, steps.shape[0] - 1, BITS=bits, GROUP=group, BLOCK_F=64
+                codes, steps, weight_FD, width, outputs, steps.shape[0] - 1, BITS=bits, GROUP=group, BLOCK_F=64,
+                TRICK=_has_trick(weight_FD),
             )  # fmt: skip
     return weight_FD
 

@@ -4,11 +4,12 @@
     dx = r (u - n mean(u n)) [+ dtotal],  dg = sum over rows of dy n,  with n = x r, u = dy g
 
        columns D ->                     HBM        x, residual, dy read once; y, sum, dx written once; r [X] float32 saved
-    +----------------+  ROWS rows       registers  the tile in float32, the gain, and (backward) the program's dg
-    | block of rows  |  a program       shared     what the loop prefetches (STAGES tiles), sums across warps
-    +----------------+
-    | next program   |  forward: one block a program, or persistent programs that stride over the blocks
-    +----------------+  backward: persistent, dg partials [programs, D] in HBM and one small kernel that adds them up
+    +----------------+  ROWS rows       registers  the tile in float32, and (backward) the program's dg
+    | block of rows  |  a program       shared     (backward) STAGES - 1 blocks read ahead; sums across warps
+    +----------------+                  L1         the gain, read again for each block
+    | next program   |  forward: one block a program
+    +----------------+  backward: persistent programs that stride over the blocks; dg partials [programs, D] in HBM and
+                        one small kernel that adds them up
 
 Rows wider than the largest tile are walked in pieces, twice; the second time they come from L2. Rounding is that of
 `tessera_kernels.reference.rms_norm`: the sum x + residual rounds before it is normed, and with `gain_after_cast` the
@@ -29,44 +30,52 @@ from tessera_kernels.triton import _rms_norm_kernels as kernels
 from tessera_kernels.triton._launch import (
     SHARED_BYTES,
     as_rows,
-    expect_prefetch,
     expect_tile,
     graph_op,
     num_programs,
     num_sms,
     on_device,
 )
+from tessera_shared.errors import KernelError
 
 
-class RowConfig(NamedTuple):
-    """How one direction is cut up. Integers only: it travels through a custom op's schema."""
+class ForwardConfig(NamedTuple):
+    """How the forward is cut up. Integers only: it travels through a custom op's schema."""
 
     block: int  # most columns of a tile; wider rows are looped
     rows: int  # rows of a tile
     num_warps: int
-    programs_per_sm: int  # 0 = a program for each block of rows; the backward needs at least 1
-    stages: int  # depth of the prefetch in the row loop; 1 = none
+
+
+class BackwardConfig(NamedTuple):
+    """How the backward is cut up."""
+
+    block: int
+    rows: int
+    num_warps: int
+    programs_per_sm: int  # at least 1; more than fit at once make a second, emptier wave
+    stages: int  # a block is asked for stages - 2 turns before it is needed; 1 = when it is needed
 
 
 class NormConfig(NamedTuple):
     """One configuration of both directions."""
 
-    forward: RowConfig
-    backward: RowConfig
+    forward: ForwardConfig
+    backward: BackwardConfig
 
 
 CONFIGS: tuple[NormConfig, ...] = (
-    NormConfig(RowConfig(32768, 1, 4, 0, 1), RowConfig(16384, 1, 4, 4, 2)),
-    NormConfig(RowConfig(32768, 1, 8, 0, 1), RowConfig(16384, 1, 8, 2, 2)),
-    NormConfig(RowConfig(32768, 1, 8, 4, 3), RowConfig(16384, 1, 8, 2, 3)),
-    NormConfig(RowConfig(32768, 1, 16, 0, 1), RowConfig(16384, 1, 16, 1, 2)),
-    NormConfig(RowConfig(32768, 1, 16, 2, 2), RowConfig(16384, 1, 16, 1, 3)),
-    NormConfig(RowConfig(32768, 1, 32, 0, 1), RowConfig(16384, 1, 32, 1, 2)),
-    NormConfig(RowConfig(8192, 2, 4, 0, 1), RowConfig(8192, 2, 8, 2, 2)),
-    NormConfig(RowConfig(1024, 8, 4, 0, 1), RowConfig(1024, 4, 4, 4, 2)),
-    NormConfig(RowConfig(256, 16, 4, 0, 1), RowConfig(256, 16, 4, 4, 2)),
+    NormConfig(ForwardConfig(32768, 1, 4), BackwardConfig(16384, 1, 4, 4, 3)),
+    NormConfig(ForwardConfig(32768, 1, 8), BackwardConfig(16384, 1, 8, 3, 3)),
+    NormConfig(ForwardConfig(32768, 1, 8), BackwardConfig(16384, 1, 8, 2, 4)),
+    NormConfig(ForwardConfig(32768, 1, 16), BackwardConfig(16384, 1, 16, 1, 2)),
+    NormConfig(ForwardConfig(32768, 1, 16), BackwardConfig(16384, 1, 16, 1, 3)),
+    NormConfig(ForwardConfig(32768, 1, 32), BackwardConfig(16384, 1, 32, 1, 3)),
+    NormConfig(ForwardConfig(8192, 2, 4), BackwardConfig(8192, 2, 8, 2, 2)),
+    NormConfig(ForwardConfig(1024, 8, 4), BackwardConfig(1024, 4, 4, 6, 3)),
+    NormConfig(ForwardConfig(256, 16, 4), BackwardConfig(256, 16, 4, 4, 1)),
 )
-"""Every configuration that the GPU lane runs and the sweep times; `choose_config` picks for a width."""
+"""Every configuration that the GPU lane runs; `choose_config` picks for a width."""
 
 
 def choose_config(width: int, itemsize: int) -> NormConfig:
@@ -75,13 +84,14 @@ def choose_config(width: int, itemsize: int) -> NormConfig:
     row_bytes = triton.next_power_of_2(width) * itemsize
     if row_bytes <= 1024:
         rows = max(1, 4096 // max(row_bytes, 128))
-        return NormConfig(RowConfig(1024, rows, 4, 0, 1), RowConfig(1024, rows, 4, 4, 2))
+        return NormConfig(ForwardConfig(1024, rows, 4), BackwardConfig(1024, rows, 4, 4, 3))
     warps = min(16, max(4, row_bytes // 1024))
-    stages = 2
-    if row_bytes > 16384:  # one program fills a multiprocessor: only what it reads ahead keeps memory busy
-        stages = max(1, min(3, (SHARED_BYTES - 4096) // (3 * min(row_bytes, 16384 * itemsize))))
-    forward = RowConfig(32768, 1, warps if row_bytes < 65536 else 32, 0, 1)
-    return NormConfig(forward, RowConfig(16384, 1, warps, max(1, 24 // warps), stages))
+    forward = ForwardConfig(32768, 1, warps if row_bytes < 65536 else 32)
+    if row_bytes == 16384:
+        warps = 8  # two programs, one of which computes while the other is at a barrier
+    resident = 24 if row_bytes <= 1024 * warps else 16  # warps that the registers of a multiprocessor hold
+    stages = 3 if row_bytes <= 32768 else 2
+    return NormConfig(forward, BackwardConfig(16384, 1, warps, max(1, resident // warps), stages))
 
 
 def rms_norm(
@@ -154,7 +164,7 @@ def _run_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, x + residual (empty without one) and 1 / root of the mean square, for each row."""
     num_rows, width = x.shape
-    cut = RowConfig(*config) if config else choose_config(width, x.element_size()).forward
+    cut = ForwardConfig(*config) if config else choose_config(width, x.element_size()).forward
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(y) if residual is not None else x.new_empty(0)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
@@ -167,11 +177,9 @@ def _run_forward(
             kernels.forward_wide[(num_rows,)](*pointers, eps, D=width, BLOCK_D=block, **flags)
             return y, total, rstd
         expect_tile("rows x block", cut.rows * block, cut.num_warps)
-        expect_prefetch(cut.rows * block * x.element_size() * (1 + (residual is not None)), cut.stages)
-        grid = (num_programs(triton.cdiv(num_rows, cut.rows), cut.programs_per_sm, x.device),)
-        kernels.forward[grid](
+        kernels.forward[(triton.cdiv(num_rows, cut.rows),)](
             *pointers, num_rows, eps, D=width, BLOCK_D=block, ROWS=cut.rows,
-            EVEN_ROWS=num_rows % cut.rows == 0, STAGES=cut.stages, **flags,
+            EVEN_ROWS=num_rows % cut.rows == 0, **flags,
         )  # fmt: skip
     return y, total, rstd
 
@@ -182,7 +190,7 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return dx (with dtotal added, when there is one) and dgain."""
     num_rows, width = x.shape
-    cut = RowConfig(*config) if config else choose_config(width, x.element_size()).backward
+    cut = BackwardConfig(*config) if config else choose_config(width, x.element_size()).backward
     dy = as_rows(dy)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     passed = dy if dtotal is None else as_rows(dtotal)
@@ -194,7 +202,7 @@ def _run_backward(
             kernels.backward_wide[(num_rows,)](dy, x, gain, rstd, passed, dx, *strides, D=width, BLOCK_D=block, **flags)
             return dx, _sum_over_rows(_wide_partials(dy, x, rstd, gain_after_cast), gain)
         expect_tile("rows x block", cut.rows * block, cut.num_warps)
-        expect_prefetch(cut.rows * block * x.element_size() * (2 + (dtotal is not None)), cut.stages)
+        expect_read_ahead(cut.rows * block * x.element_size() * (2 + (dtotal is not None)), cut.stages)
         programs = num_programs(triton.cdiv(num_rows, cut.rows), max(1, cut.programs_per_sm), x.device)
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
         kernels.backward[(programs,)](
@@ -220,8 +228,20 @@ def _wide_partials(dy: Tensor, x: Tensor, rstd: Tensor, gain_after_cast: bool) -
 
 def _sum_over_rows(partial: Tensor, gain: Tensor) -> Tensor:
     dgain = torch.empty(gain.shape, dtype=gain.dtype, device=gain.device)
-    columns = 32
+    columns = 16 if gain.numel() <= 8192 else 32
+    rows = min(512, max(32, triton.next_power_of_2(partial.shape[0])))  # mostly all at once
     kernels.sum_partials[(triton.cdiv(dgain.numel(), columns),)](
-        partial, dgain, partial.shape[0], D=dgain.numel(), BLOCK_P=128, BLOCK_D=columns, num_warps=8
+        partial, dgain, partial.shape[0], D=dgain.numel(), BLOCK_P=rows, BLOCK_D=columns, num_warps=8
     )
     return dgain
+
+
+def expect_read_ahead(block_bytes: int, stages: int) -> None:
+    """Raise unless what the backward reads ahead, stages - 1 blocks of `block_bytes`, fits the shared memory beside the
+    sums across warps."""
+    limit = SHARED_BYTES - 16384
+    if (stages - 1) * block_bytes > limit:
+        raise KernelError(
+            f"stages = {stages} with {block_bytes} bytes a block of rows: expected at most {1 + limit // block_bytes}, because "
+            "what is read ahead lies in shared memory; try fewer stages or config=None"
+        )

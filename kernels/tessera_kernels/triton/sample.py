@@ -6,14 +6,16 @@
 
 Each of the three edges is a selection: the first place in the order where a rank or a mass is reached. A program has a row:
 
-    pass 1     512 lanes, the largest of each       +--+--+--+-----------+--+   HBM/L2     logits; the list (images, ids)
-    pass 2     all images >= the least of those,    |##|##|##| the list  |  |   registers  a tile of the row, sums of each pivot
-               their list, the mass of the row      +--+--+--+-----------+--+
+    pass 1     512 lanes, the largest of each       +--+--+--+-----------+--+   HBM/L2     logits; the list (numbers, ids)
+    a sample   sorted, says where edges should lie  |##|##|##| the list  |  |   registers  a tile of the row, sums of each lane
+    pass 2     the list around the first edge,      +--+--+--+-----------+--+
+               sums above it, the mass of the row
     the list   cut by 8 pivots at a time down to one value, ids of equal values counted in their order
 
-With top-k up to 512, or peaked logits, all edges lie in that list: 2 passes. Else a pass takes ranks and masses at 16 sampled
-pivots, and one more lists the part between two of them for each edge: 4 to 6 passes; only rows with more neighbors than a list
-holds take more (the search goes on halving and ends at one value). Sums are integers (see `_sample_kernels`): exact, in any
+An edge that lies in the list there is needs no pass (with top-k up to 512 the list holds that many for certain); each other one
+takes one more, around where the sample says: 2 to 4 passes. A lane keeps its own part of the list, so that a pass moves nothing
+between threads. Where a guess fails (a row that its evenly spaced sample does not stand for, or more neighbors than the list
+holds) it is made again of what is left, then pivots cut the row itself. Sums are integers (see `_sample_kernels`): exact, in any
 order, so that a row's answer depends on nothing else. Where rounding of e^x to float32 cannot decide, ids are those of float64.
 
 Reference: `tessera_kernels.reference.sample`.
@@ -46,27 +48,22 @@ class SampleConfig(NamedTuple):
     """How a row is walked. Integers only: it travels through a custom op's schema."""
 
     num_warps: int
-    lanes: int  # columns of a tile; top-k up to so many needs two passes
+    lanes: int  # columns of a tile, best one for each thread; top-k up to so many needs two passes
     depth: int  # rows of a tile
-    capacity: int  # of the list
-    pivots: int = 16  # of a pass over the row
+    slots: int  # of the list, for each lane
+    pivots: int = 8  # of a pass over the row
     list_pivots: int = 8  # of a pass over the list
     list_depth: int = 4  # rows of a tile of the list
-    sample: int = 1024  # numbers whose order statistics are the first pivots
-
-    @property
-    def tile(self) -> int:
-        """Numbers of a tile of a pass that lists."""
-        return self.lanes * self.depth
+    sample: int = 2048  # numbers that say where to look
+    scan_depth: int = 16  # rows of a tile of the first pass
 
 
 CONFIGS: tuple[SampleConfig, ...] = (
-    SampleConfig(16, 512, 8, 16384),
-    SampleConfig(16, 512, 16, 16384),
-    SampleConfig(16, 512, 8, 16384, 16, 4),
-    SampleConfig(32, 1024, 8, 16384),
-    SampleConfig(8, 512, 8, 16384, 8),
-    SampleConfig(8, 256, 16, 8192, 32, 8, 8, 2048),
+    SampleConfig(16, 512, 8, 64),
+    SampleConfig(16, 512, 16, 64),
+    SampleConfig(16, 512, 8, 64, sample=4096),
+    SampleConfig(16, 512, 8, 64, list_pivots=4),
+    SampleConfig(32, 1024, 8, 32, scan_depth=8),
 )
 """Every configuration that `choose_config` can give, and those that the sweep compares it with."""
 
@@ -182,16 +179,14 @@ def _launch(
     if rows == 0:
         return ids, passes
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    listed = logits.new_empty((2, rows, config.capacity), dtype=torch.int32)
-    coarse = logits.new_empty((rows, 3, config.pivots), dtype=torch.int64)
+    lists = logits.new_empty((rows, 2, config.slots, config.lanes), dtype=torch.int64)
     with on_device(logits):
         sample_kernel[(rows,)](
-            logits, uniforms.contiguous(), ids, passes, listed[0], listed[1], coarse, heat_B, top_k_B, top_p_B, min_p_B,
+            logits, uniforms.contiguous(), ids, passes, lists, heat_B, top_k_B, top_p_B, min_p_B,
             heat, top_k, top_p, min_p, num_ids, logits.stride(0),
             EACH_T=heat_B is not None, EACH_K=top_k_B is not None, EACH_P=top_p_B is not None, EACH_M=min_p_B is not None,
             MIN_P=min_p_B is not None or min_p > 0.0, DROP=SAME_BITS[logits.dtype], ONE=2 ** min(44, 62 - num_ids.bit_length()),
-            DEPTH=config.depth, LANES=config.lanes, TILE=config.tile,
-            CAPACITY=config.capacity, PIVOTS=config.pivots, LIST_PIVOTS=config.list_pivots, LIST_DEPTH=config.list_depth,
-            SAMPLE=config.sample, num_warps=config.num_warps,
+            SCAN_DEPTH=config.scan_depth, DEPTH=config.depth, LANES=config.lanes, SLOTS=config.slots, PIVOTS=config.pivots,
+            LIST_PIVOTS=config.list_pivots, LIST_DEPTH=config.list_depth, SAMPLE=config.sample, num_warps=config.num_warps,
         )  # fmt: skip
     return ids, passes

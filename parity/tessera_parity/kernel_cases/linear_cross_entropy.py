@@ -29,7 +29,9 @@ KERNELS = "tessera_kernels/triton/_cross_entropy_rows.py"
 SHARED = "tessera_kernels/triton/_linear_loss.py"
 LABELS = "tessera_kernels/triton/_label_logits.py"
 MATH = "tessera_kernels/triton/_row_math.py"
+TILES = "tessera_kernels/triton/_logit_tiles.py"
 SMALL_BLOCKS = LossConfig(block=32, num_warps=1, stages=1)
+TILED = LossConfig(product=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ def _cases(gpu: bool) -> SearchStrategy[Case]:
         softcap=st.sampled_from([None, 5.0]),
         padding=st.sampled_from([0, 1, 7]),
         frozen=st.sampled_from(["", "", "hidden", "head"]),
-        config=st.none() if gpu else st.sampled_from([None, SMALL_BLOCKS]),
+        config=st.sampled_from([None, TILED] if gpu else [None, SMALL_BLOCKS, TILED]),
     )
 
 
@@ -197,6 +199,7 @@ OP = KernelOp(
     magnitudes=_magnitudes,
     examples=(
         Case(),
+        Case(rows=9, vocab=257, dtype="float16", softcap=5.0, z_loss=1e-2, chunk_rows=5, config=TILED),
         Case(dtype="bfloat16", rows=13, chunk_rows=3, config=SMALL_BLOCKS),
         Case(dtype="bfloat16", rows=5, vocab=199, mode="no_logits", chunk_rows=1, config=SMALL_BLOCKS),
         Case(dtype="float16", vocab=129, padding=7, softcap=5.0, z_loss=1e-2, layout="transposed", config=SMALL_BLOCKS),
@@ -207,18 +210,22 @@ OP = KernelOp(
         Case(rows=6, values="constant", vocab=64, dtype="bfloat16", mode="no_logits", frozen="head"),
         Case(rows=8, dtype="bfloat16", chunk_rows=4, accumulate="head", layout="offset1", frozen="hidden"),
         Case(rows=300, width=64, vocab=5003, dtype="bfloat16", chunk_rows=128, padding=5),
+        Case(rows=140, width=72, vocab=260, dtype="bfloat16", padding=5, config=TILED),
     ),
     bug_cases=(
         Case(dtype="bfloat16", rows=7, vocab=70, chunk_rows=3, ignored=0.0, config=SMALL_BLOCKS),
         Case(rows=5, vocab=199, mode="no_logits", chunk_rows=1, z_loss=1e-2, config=SMALL_BLOCKS),
         Case(rows=5, vocab=70, softcap=5.0, values="large", ignored=0.5),
         Case(dtype="bfloat16", rows=5, vocab=199, mode="no_logits", chunk_rows=2, ignored=0.0, config=SMALL_BLOCKS),
+        Case(dtype="bfloat16", rows=5, vocab=300, ignored=0.0, config=TILED),
+        Case(dtype="bfloat16", rows=5, vocab=3, ignored=0.0, config=TILED),
     ),
     bugs=(
-        _bug(KERNELS, "rests = rests * fade + e\n", "rests = rests + e\n"),  # missing rescale
-        _bug(KERNELS, "tl.where(columns < width, capped, -float(\"inf\"))", "capped"),
-        _bug(KERNELS, "slope *= _slope_of_cap(tl.where(is_label, label_logit, z), softcap)", "slope *= 1.0"),
-        _bug(KERNELS, "e = tl.where(first_id + columns == label,", "e = tl.where(columns == label,"),
+        _bug(KERNELS, "rests, moments = rests * fade, moments * fade", "moments = moments * fade"),  # missing rescale
+        _bug(KERNELS, "z = tl.where(columns < width, z, -float(\"inf\"))", "z = z"),
+        _bug(KERNELS, "slope *= slope_of_cap(z, softcap)", "slope *= 1.0"),
+        _bug(KERNELS, "whole, own_id = width // BLOCK * BLOCK, (label - first_id).to(tl.int32)",
+              "whole, own_id = width // BLOCK * BLOCK, label.to(tl.int32)"),
         _bug(KERNELS, "raw = tl.load(exact + row)\n        found", "raw = tl.load(exact)\n        found"),
         _bug(LABELS, "tl.where(known, label, 0) * stride_vx", "tl.where(known, label, 0) * stride_vd"),
         _bug(SHARED, "halves[:, columns:] if at_end else", "halves[:, :columns] if at_end else"),  # over unread logits
@@ -227,6 +234,10 @@ OP = KernelOp(
               "        tl.store(losses + row, 0.0)\n"),  # stale slopes of the chunk before
         _bug(SHARED, "add_product(into, slopes_XV.T, hidden_XD)", "product(slopes_XV.T, hidden_XD, into)"),
         _bug(SHARED, "            self.head_VD[vocab:].zero_()\n", "            self.head_VD[vocab + 1 :].zero_()\n"),
+        _bug(TILES, "is_own | (ids >= left)", "ids >= left"),
+        _bug(TILES, "powers.store([row, column + half], kept)", "powers.store([row, column], kept)"),
+        _bug(TILES, "rest = tl.sum(fall * tl.load(place + step,", "rest = tl.sum(tl.load(place + step,"),
+        _bug(TILES, "e * (exp(some_tops - top) * factor)[:, None]", "e * factor"),
         _bug(MATH, "total = rest + exp(-gap)", "total = rest + 1.0"),
     ),
 )  # fmt: skip

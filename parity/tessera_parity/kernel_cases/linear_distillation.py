@@ -216,10 +216,10 @@ OP = KernelOp(
         _NEAR_BF16,
     ),
     bugs=(
-        _bug(ROWS, "moves = t_fall * moves + change * masses", "moves = t_fall * moves"),  # missing rescale
-        _bug(ROWS, "masses = s_fall * masses + ", "masses = masses + "),
+        _bug(ROWS, "* moves + change * masses", "* moves"),  # missing rescale
+        _bug(ROWS, "masses = s_fall * masses\n", "masses = masses\n"),
         _bug(ROWS, "slope = soft_scale * (slope - q * slope_sum)", "slope = soft_scale * slope"),
-        _bug(ROWS, "terms += tl.where(columns < width, term, 0.0)\n        slopes +=", "terms += term\n        slopes +="),
+        _bug(ROWS, "mask=columns < padded, other=0.0), LOWEST)", "mask=columns < padded, other=0.0), 0.0)"),
         _bug(ROWS, "scale * soft_weight * inv_tau, scale * label_weight, z_loss, inv_tau, weight,\n                f2",
               "scale * soft_weight, scale * label_weight, z_loss, inv_tau, weight,\n                f2"),  # dropped scale
         _bug(ROWS, "loss += share if first_id == 0 else soft_weight * divergence", "loss = share"),  # lost tiles

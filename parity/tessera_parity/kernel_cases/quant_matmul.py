@@ -59,7 +59,7 @@ def cases(gpu: bool) -> SearchStrategy[Case]:
 
 
 def tensors(case: Case) -> Tensors:
-    """Return x in its layout, codes and steps contiguous (codes one byte off an aligned address for `offset1`)."""
+    """Return x in its layout, codes and steps contiguous (codes one word off an aligned address for `offset1`)."""
     weight = quantized(draw(case, "weight", (case.outputs, case.width), layout="contiguous"), case.format)
     return {
         "x": draw(case, "x", (case.rows, case.width)),
@@ -122,12 +122,15 @@ BUGS = (
     _bug("(own_f[None, :] < num_outputs)", "(own_f[None, :] <= num_outputs)"),
     _bug("acc += low * low_scale + high * high_scale", "acc += low * low_scale + high * low_scale"),
     Patch(
-        file="tessera_kernels/triton/_unpack.py", find="((wide >> 4) - high_zero)", replace="((wide & 15) - high_zero)"
+        file="tessera_kernels/triton/_unpack.py",
+        find="((wide >> 12 & 15) - high_zero)",
+        replace="((wide >> 8 & 15) - high_zero)",
     ),
+    Patch(file="tessera_kernels/triton/_unpack.py", find="(wide & 0x80) != 0", replace="(wide & 0x40) != 0"),
 )
 
-_NARROW = kernel.Config("tile", 32, 16, False, 2, 4, 6)
-_WIDE = kernel.Config("tile", 128, 64, True, 1, 4, 4)
+_NARROW = kernel.Config("tile", 64, 16, False, 2, 4, 5)
+_WIDE = kernel.Config("tile", 128, 64, True, 1, 8, 3)
 _VECTOR = kernel.Config("vector", 32, 1, True, 2, 4, 6)
 
 EXAMPLES = (

@@ -39,8 +39,8 @@ KERNELS = "tessera_kernels/triton/_sample_kernels"
 VALUES = ("normal", "small", "large", "mixed", "extreme", "constant", "ties", "inf_rows", "nan_rows", "peaked", "zeros")
 JUST_BELOW_ONE = 1.0 - 2.0**-24
 
-SMALL = SampleConfig(4, 8, 2, 16, 4, 2, 2, 16)
-WIDE = SampleConfig(4, 16, 2, 64, 4, 4, 2, 32)
+SMALL = SampleConfig(4, 8, 2, 4, 4, 4, 1, 8, 2)
+WIDE = SampleConfig(4, 16, 2, 4, 4, 8, 1, 16, 2)
 """Let the interpreter see lists that overflow, pivots and ties at small sizes; for it alone."""
 
 Numbers = np.ndarray[Any, Any]
@@ -213,21 +213,21 @@ OP = KernelOp(
         Case(rows=2, ids=20_011, values="constant", top_k=19_000, top_p=0.7),
     ),
     bug_cases=(
-        Case(rows=4, ids=70, top_k=20, top_p=0.5, min_p=0.3, config=SMALL, seed=6),
-        Case(rows=4, ids=61, values="ties", top_k=40, config=WIDE, seed=7),
-        Case(rows=4, ids=80, top_p=0.5, config=WIDE, seed=8),
-        Case(rows=4, ids=70, temperature=0.7, config=SMALL, seed=9),
-        Case(rows=2, ids=40, values="zeros", config=WIDE),
-        Case(rows=3, ids=40, min_p=0.3, config=WIDE),
+        Case(rows=1, ids=60, temperature=0.7, config=SMALL, seed=7),
+        Case(rows=1, ids=61, values="ties", top_k=40, config=WIDE, seed=7),
+        Case(rows=1, ids=40, values="zeros", config=WIDE, seed=7),
+        Case(rows=1, ids=40, min_p=0.3, config=WIDE, seed=7),
+        Case(rows=3, ids=80, top_p=0.5, config=WIDE, seed=7),
     ),
     bugs=(
-        _bug("inside = (key >= low) & (key <= up) &", "inside = (key > low) & (key <= up) &"),
-        _bug("place = found + tl.cumsum(hits, 0) - hits", "place = found + tl.cumsum(hits, 0)"),
+        _bug("inside = (x >= least) & (x <= most)\n", "inside = (x >= least) & (x < most)\n"),
+        _bug("held * LANES + lane, _entry", "held * LANES + lane + LANES, _entry"),  # a slot too far
         _bug("rate = tl.minimum(1.4426950408889634 / heat", "rate = tl.minimum(1.4426950408889634"),  # dropped temperature
         _bug("kept = heavier + (target - ranks) * one", "kept = heavier"),
         _bug("(target - heavier + one - 1) // one * one", "(target - heavier) // one * one"),
         _bug("n = (target - heavier - 1) // one", "n = target * 0"),  # always the first of equals
-        _bug("counts + rank_up, masses + mass_up", "counts, masses"),  # the list's own sums
+        _bug("counts + near_rank, masses + near_mass", "counts, masses"),  # the list's own sums
+        _bug("narrow_ptr, ranks, heavier", "narrow_ptr, near_rank, near_mass"),  # stale sums above what is left
         _bug("kept = tl.minimum(kept, tl.maximum(likely, ONE))", "kept = tl.minimum(kept, kept)"),
         _bug("bits = (x + 0.0).to", "bits = x.to"),  # -0 below 0
     ),

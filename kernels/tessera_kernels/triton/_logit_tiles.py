@@ -1,0 +1,187 @@
+"""Logits of a linear head that never reach memory: a product with the head whose epilogue takes each tile's softmax sums.
+
+               V ->                         HBM        hidden states and head by TMA; powers [rows, V], float16; for each row
+        +-------+-------+                              and tile the maximum, sum e^(z - maximum), sum z e^(z - maximum)
+      X | tile  | tile  |  128 x 256        shared     STAGES tiles of both operands, 64 deep; half a tile of powers on its
+        +-------+-------+                              way out
+        | tile  | tile  |                   registers  the float32 accumulator, 128 x 256
+        +-------+-------+                   tiles go in columns of GROUP row blocks: a chunk of rows stays in L2, the head
+                                            is read once for each chunk
+
+Powers are e^(z - maximum of the row's tile), times the slope of a softcap. `finish_rows` multiplies them by what is the
+same for a whole tile and writes slopes in their place: 4 bytes of traffic an id beyond the product, where logits in float32
+take 14. In float16 a power keeps 11 bits down to 6e-5 of its tile's largest and 3e-8 of it below: less than the slope loses
+when it rounds. The label is left out of maximum, sums and powers, because near convergence it alone is large and its slope
+is small: it comes from a dot product of its own (`_label_logits`). Reference: `reference.linear_cross_entropy`.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tessera_kernels.checks import is_interpreting
+from tessera_kernels.triton._cross_entropy_rows import capped, factors, row_loss, slope_of_cap
+from tessera_kernels.triton._launch import num_programs
+from tessera_kernels.triton._row_math import LOWEST, exp, without_shortfall, write_zeros
+
+BLOCK_X, BLOCK_V, BLOCK_D = 128, 256, 64
+GROUP, STAGES = 16, 4
+PARTIALS = 3
+"""Numbers of a row and tile: maximum, sum, moment."""
+
+
+@triton.jit
+def _without_label(raw, ids, own, left):
+    """Return the label's product or 0, and the products with those of the label and behind the vocabulary's end lowest."""
+    is_own = ids == own
+    return tl.sum(tl.where(is_own, raw, 0.0), 1), tl.where(is_own | (ids >= left), LOWEST, raw)
+
+
+@triton.jit
+def _softmax_logits(raw, softcap, CAPPED: tl.constexpr):
+    if CAPPED:
+        there = raw > LOWEST
+        return tl.where(there, capped(tl.where(there, raw, 0.0), softcap, CAPPED), LOWEST)
+    return raw
+
+
+@triton.jit
+def _powers(raw, top, softcap, CAPPED: tl.constexpr):
+    """Return what is kept of each id, and the tile's two sums."""
+    z = _softmax_logits(raw, softcap, CAPPED)
+    e = exp(z - top[:, None])
+    kept = e * slope_of_cap(tl.where(raw > LOWEST, z, 0.0), softcap) if CAPPED else e
+    return kept.to(tl.float16), tl.sum(e, 1), tl.sum(kept * raw, 1)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def logit_tiles(
+    hidden, head, powers, labels, partials, found, num_rows, vocab, width, softcap,
+    CAPPED: tl.constexpr, WRITE: tl.constexpr, LIFT: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """Write powers, partials [3, tiles, rows], and the label's logit as the product has it."""
+    blocks_x, blocks_v = tl.cdiv(num_rows, BLOCK_X), tl.cdiv(vocab, BLOCK_V)
+    half: tl.constexpr = BLOCK_V // 2
+    for tile in tl.range(tl.program_id(0), blocks_x * blocks_v, tl.num_programs(0), flatten=FLATTEN):
+        group_size = GROUP * blocks_v
+        first_block = (tile // group_size) * GROUP
+        height = tl.minimum(blocks_x - first_block, GROUP)
+        row = (first_block + tile % group_size % height) * BLOCK_X
+        block = tile % group_size // height
+        column = block * BLOCK_V
+        total = tl.zeros([BLOCK_X, BLOCK_V], tl.float32)
+        for start in tl.range(0, width, BLOCK_D):
+            a, b = hidden.load([row, start]), head.load([column, start])
+            if LIFT:  # the interpreter multiplies bfloat16 as integers
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            total = tl.dot(a, tl.trans(b), total)
+        first, second = total.reshape([BLOCK_X, 2, half]).permute(0, 2, 1).split()
+        rows = row + tl.arange(0, BLOCK_X)
+        inside = rows < num_rows
+        label = tl.load(labels + rows, mask=inside, other=-1)
+        here = (label >= column) & (label < column + BLOCK_V)
+        own = tl.where(here, label - column, -1).to(tl.int32)[:, None]
+        ids = tl.arange(0, half)[None, :]
+        logit, first = _without_label(first, ids, own, vocab - column)
+        more, second = _without_label(second, ids + half, own, vocab - column)
+        tl.store(found + rows, logit + more, mask=here & inside)
+        top = tl.maximum(
+            tl.max(_softmax_logits(first, softcap, CAPPED), 1), tl.max(_softmax_logits(second, softcap, CAPPED), 1)
+        )
+        kept, rest, moment = _powers(first, top, softcap, CAPPED)
+        if WRITE:
+            powers.store([row, column], kept)
+        kept, more, more_moment = _powers(second, top, softcap, CAPPED)
+        if WRITE:
+            powers.store([row, column + half], kept)
+        place = partials + block * num_rows + rows
+        step = blocks_v * num_rows
+        tl.store(place, top, mask=inside)
+        tl.store(place + step, rest + more, mask=inside)
+        tl.store(place + 2 * step, moment + more_moment, mask=inside)
+
+
+@triton.jit
+def finish_rows(
+    powers, slopes, partials, found, labels, exact, losses, unit, vocab, padded, num_rows, ignore_index, z_loss, softcap,
+    CAPPED: tl.constexpr, WRITE: tl.constexpr, TILES: tl.constexpr, BLOCK_V: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One row: its loss and, with WRITE, its slopes over its powers. TILES = a power of two that holds all tiles."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    kept, dz = powers + row * padded, slopes + row * padded
+    if label == ignore_index:
+        tl.store(losses + row, 0.0)
+        if WRITE:
+            write_zeros(dz, padded, STEP * BLOCK_V)
+    else:
+        blocks = tl.cdiv(vocab, BLOCK_V)
+        tiles, step = tl.arange(0, TILES), blocks * num_rows
+        place = partials + row + tiles * num_rows
+        tops = tl.load(place, mask=tiles < blocks, other=LOWEST)
+        raw = tl.load(exact + row)
+        label_logit = capped(raw, softcap, CAPPED)
+        top = tl.maximum(tl.max(tops, 0), label_logit)
+        fall = exp(tops - top)
+        rest = tl.sum(fall * tl.load(place + step, mask=tiles < blocks, other=0.0), 0)
+        moment = tl.sum(fall * tl.load(place + 2 * step, mask=tiles < blocks, other=0.0), 0)
+        rest = without_shortfall(rest, moment, raw, tl.load(found + row), True)
+        loss = row_loss(top, rest, label_logit, label, vocab, z_loss)
+        tl.store(losses + row, loss)
+        if WRITE:
+            scale = tl.where(loss == loss, tl.load(unit), float("nan"))
+            factor, own = factors(top, rest, label_logit, scale, z_loss, softcap, CAPPED)
+            for start in range(0, blocks, STEP):
+                some = start + tl.arange(0, STEP)
+                some_tops = tl.load(partials + row + some * num_rows, mask=some < blocks, other=LOWEST)
+                columns = some[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+                e = tl.load(kept + columns, mask=columns < padded, other=0.0).to(tl.float32)
+                slope = tl.where(columns == label, own, e * (exp(some_tops - top) * factor)[:, None])
+                tl.store(dz + columns, slope.to(dz.dtype.element_ty), mask=columns < padded)
+
+
+def reads(*operands: Tensor) -> bool:
+    """Can the tiles of these half-precision matrices be read by TMA?"""
+    return all(
+        x.element_size() == 2 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+        and (not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9)
+        for x in operands
+    )  # fmt: skip
+
+
+def partial_bytes(vocab: int) -> int:
+    """Return what a row takes beside its powers."""
+    tiles: int = triton.cdiv(vocab, BLOCK_V)
+    return 4 * PARTIALS * tiles
+
+
+def multiply_and_finish(
+    hidden: Tensor, head: Tensor, slopes: Tensor, rows_of: tuple[Tensor, Tensor, Tensor, Tensor],
+    convention: tuple[int, float, float], write: bool, stages: int,
+) -> None:  # fmt: skip
+    """Write the losses of some rows, and with `write` their slopes [rows, padded]."""
+    labels, exact, losses, unit = rows_of
+    (num_rows, width), vocab, padded = hidden.shape, head.shape[0], slopes.shape[1]
+    blocks = triton.cdiv(vocab, BLOCK_V)
+    partials = torch.empty(PARTIALS, blocks, num_rows, dtype=torch.float32, device=hidden.device)
+    found = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
+    powers: Any = slopes.view(torch.float16)
+    grid = num_programs(triton.cdiv(num_rows, BLOCK_X) * blocks, 1, hidden.device)
+    flags = {"CAPPED": convention[2] != 0.0, "WRITE": write, "BLOCK_V": BLOCK_V, "num_warps": 8}
+    logit_tiles[(grid,)](
+        TensorDescriptor.from_tensor(hidden, [BLOCK_X, BLOCK_D]), TensorDescriptor.from_tensor(head, [BLOCK_V, BLOCK_D]),
+        TensorDescriptor.from_tensor(powers, [BLOCK_X, BLOCK_V // 2]) if write else powers, labels, partials, found,
+        num_rows, vocab, width, convention[2], LIFT=is_interpreting(), BLOCK_X=BLOCK_X, BLOCK_D=BLOCK_D, GROUP=GROUP,
+        FLATTEN=True, num_stages=stages or STAGES, **flags,
+    )  # fmt: skip
+    finish_rows[(num_rows,)](
+        powers, slopes, partials, found, labels, exact, losses, unit, vocab, padded, num_rows, *convention,
+        TILES=triton.next_power_of_2(blocks), STEP=16, **flags,
+    )  # fmt: skip
