@@ -176,9 +176,9 @@ def _flash_attention() -> Iterator[Launch]:
 
     from tessera_kernels.triton import flash_attention as op
 
-    def dense(config: Any, rows: int, heads: int, kv_heads: int, length: int, width: int, *, fixed: bool) -> None:
+    def dense(config: Any, rows: int, heads: int, kv_heads: int, length: int, width: int, *, causal: bool) -> None:
         leaves = [empty(rows, length, n, width, grad=True) for n in (heads, kv_heads, kv_heads)]
-        out, _ = op.flash_attention(*leaves, deterministic=fixed, config=config)
+        out, _ = op.flash_attention(*leaves, causal=causal, config=config)
         _backward(out, leaves)
 
     def packed(config: Any) -> None:
@@ -191,10 +191,10 @@ def _flash_attention() -> Iterator[Launch]:
 
     for shape in bench.FULL:
         rows, heads, kv_heads, length, width = shape
-        name = f"B{rows} N{heads}/{kv_heads} S{length} H{width} causal"
-        yield Launch("flash_attention", name, _at(dense, *shape, fixed=False), op.CONFIGS)
-        fixed = [config for config in op.CONFIGS if config.deterministic]
-        yield Launch("flash_attention", f"{name} deterministic", _at(dense, *shape, fixed=True), fixed)
+        name = f"B{rows} N{heads}/{kv_heads} S{length} H{width}"
+        yield Launch("flash_attention", f"{name} causal", _at(dense, *shape, causal=True), op.CONFIGS)
+        if length == 1024 or width != 128:
+            yield Launch("flash_attention", f"{name} full", _at(dense, *shape, causal=False), op.CONFIGS)
     yield Launch("flash_attention", "packed N16 H128 causal", packed, op.CONFIGS)
 
 

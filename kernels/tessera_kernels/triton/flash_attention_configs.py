@@ -109,6 +109,7 @@ FORWARD: tuple[ForwardConfig, ...] = (
     ForwardConfig(128, 64, 4, 3, 1, 1),  # width 64: two programs of four warps
     ForwardConfig(256, 64, 8, 3, 1, 1),
     ForwardConfig(64, 128, 4, 2, 0, 1),  # width 64: three programs
+    ForwardConfig(64, 128, 4, 2, 1, 1),
     ForwardConfig(64, 64, 4, 3, 1, 1),
     ForwardConfig(128, 32, 4, 3, 0, 1),
     ForwardConfig(128, 32, 8, 3, 0, 1),  # width 128: two programs of eight warps
@@ -171,11 +172,13 @@ def choose_config(width: int, dtype: torch.dtype) -> AttentionConfig:
     if dtype == torch.float32:  # no tensor cores at full precision: small tiles in plain registers
         keys = KeyConfig(32, 32, 8, 1, 0, 0, 0, 0)
         return AttentionConfig(ForwardConfig(32, 32, 8, 1, 0, 0), keys, QueryConfig(32, 32, 8, 1, 0))
-    if width > 128:  # accumulators as wide as the head leave no registers for fusing
+    if width > 128:
         keys = KeyConfig(64, 64, 8, 2, 1, 0, 1, 0)
-        return AttentionConfig(ForwardConfig(128, 64, 8, 2, 1, 1), keys, QueryConfig(128, 64, 8, 1, 1))
-    forward = ForwardConfig(128, 64, 8, 3, 1, 1) if width <= 64 else ForwardConfig(128, 128, 8, 3, 1, 1)
-    return AttentionConfig(forward, KeyConfig(64, 128, 8, 3, 1, 0, 1, 1), QueryConfig(128, 64, 8, 3, 1))
+        return AttentionConfig(ForwardConfig(128, 64, 8, 2, 0, 1), keys, QueryConfig(64, 64, 4, 2, 1))
+    keys = KeyConfig(64, 64, 4, 2, 1, 0, 1, 1)
+    if width <= 64:
+        return AttentionConfig(ForwardConfig(64, 128, 4, 2, 0, 1), keys, QueryConfig(64, 64, 4, 3, 1))
+    return AttentionConfig(ForwardConfig(64, 64, 4, 3, 1, 1), keys, QueryConfig(128, 64, 8, 3, 1))
 
 
 def expect_fitting(config: ForwardConfig | KeyConfig | QueryConfig, padded: int, itemsize: int) -> None:
