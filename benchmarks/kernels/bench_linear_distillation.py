@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -196,7 +197,7 @@ def cuts() -> Iterator[tuple[str, dict[str, object]]]:
         yield f"rows {rows_} logits {logit_rows} splits {splits}", {"config": config}
     for divergence in ("forward_kl", "generalized_jsd"):
         for config in CONFIGS:
-            yield f"{divergence} {config.block}/{config.num_warps}/{config.stages}", {
+            yield f"{divergence} {_name(config)}", {
                 "divergence": divergence, "config": config,
             }  # fmt: skip
     for megabytes in (96, 192, 384):
@@ -230,8 +231,13 @@ def _current(part: str, divergence: str) -> str:
     from tessera_kernels.triton.linear_distillation import choose_config
 
     chosen = choose_config(VOCAB, 2 if divergence == "forward_kl" else 3)
-    row = f"{chosen.block}/{chosen.num_warps}/{chosen.stages}"
-    return {"chunks": f"default {divergence}", "row kernel": row, "no logits": "no logits 96 MiB"}[part]
+    return {
+        "chunks": f"default {divergence}", "row kernel": _name(chosen._replace(product=2)), "no logits": "no logits 96 MiB",
+    }[part]  # fmt: skip
+
+
+def _name(config: Any) -> str:
+    return f"{config.block}/{config.num_warps}/{config.stages}/{('', 'library', 'own')[config.product]}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import Tensor
 from tessera_kernels.reference import linear_distillation as plain
 from tessera_kernels.triton import linear_distillation as fused
 from tessera_kernels.triton._divergence_series import DIVERGENCES, ORDER, coefficients
+from tessera_kernels.triton._linear_loss import LossConfig
 from tessera_parity.budget import gamma, mathematics_limit
 from tessera_parity.kernel_budget import FACTOR, noise_floor
 from tessera_shared.errors import KernelError
@@ -121,6 +122,52 @@ def test_equal_models_lose_nothing_and_learn_nothing_even_with_padded_heads(dive
     assert float(loss) == 0.0
     assert not d_student.any()
     assert not d_head.any()
+
+
+OWN, LIBRARY = LossConfig(product=2), LossConfig(product=1)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_sums_of_the_products_tiles_give_what_a_walk_of_its_own_gives(divergence: str) -> None:
+    """600 ids are three tiles, the last cut off; slopes of both round to bfloat16, and ratios to float16 before."""
+    stream = torch.Generator().manual_seed(13)
+    sizes = ((X, D), (600, D), (X, D + 8), (600, D + 8))
+    given = *(torch.randn(*size, generator=stream).bfloat16() for size in sizes), torch.arange(X) * 90
+    options = {
+        "divergence": divergence,
+        "temperature": 1.7,
+        "label_weight": 0.3,
+        "z_loss": 1e-2,
+        "chunk_bytes": 640 * 10 * 3,
+    }
+    truth = gradients(plain, *doubled(given), **{name: options[name] for name in options if name != "chunk_bytes"})
+    own, library = (gradients(fused, *given, config=config, **options) for config in (OWN, LIBRARY))
+    assert error(own[0], truth[0]) <= noise_floor(torch.float32, magnitude=1.0, length=600)
+    for ours, theirs, true in zip(own[1:], library[1:], truth[1:], strict=True):
+        assert error(ours, true) <= FACTOR * error(theirs, true)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_equal_models_have_equal_sums_of_tiles(divergence: str) -> None:
+    student, head, _, _, labels = inputs(torch.bfloat16)
+    loss, d_student, d_head = gradients(
+        fused, student, head, student, head, labels, divergence=divergence, temperature=2.0, config=OWN
+    )
+    assert float(loss) == 0.0
+    assert not d_student.any()
+    assert not d_head.any()
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "generalized_jsd"])
+def test_an_id_with_all_of_the_students_mass_has_a_slope_of_its_distance_to_the_others(divergence: str) -> None:
+    """Its G is the sum to 1 part in 1,000 of itself: rounded apart from the sum, its slope would be off by 4 to 7 %."""
+    identity = torch.eye(16)
+    student = torch.zeros(1, 16).index_fill(1, torch.tensor([3]), 10.0)
+    teacher = torch.zeros(1, 16).index_fill(1, torch.tensor([3, 5]), 7.3125)
+    given = *(x.bfloat16() for x in (student, identity, teacher, identity)), torch.zeros(1, dtype=torch.int64)
+    truth = gradients(plain, *doubled(given), divergence=divergence)[1]
+    ours = gradients(fused, *given, divergence=divergence, config=OWN)[1].double()
+    assert float((ours / truth - 1.0).abs().max()) < 2.0**-8
 
 
 def short(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

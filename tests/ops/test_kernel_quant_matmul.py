@@ -17,6 +17,8 @@ from tessera_parity.kernel_judge import judge
 from tessera_parity.kernel_memory import same_bits
 from tessera_shared.errors import KernelError
 
+_LARGE = kernel.Config("tile", 128, 64, True, 1, 8, 3)
+
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -131,7 +133,7 @@ def test_the_bit_tricks_give_every_code():
         (lambda: kernel.quant_matmul(torch.ones(2, 127), quantize_w8(torch.ones(4, 128))), "x_XD.shape"),
         (lambda: kernel.quant_matmul(torch.ones(2, 128).double(), quantize_w8(torch.ones(4, 128))), "x_XD.dtype"),
         (
-            lambda: kernel.quant_matmul(torch.ones(2, 128), quantize_w8(torch.ones(4, 128)), config=kernel.CONFIGS[8]),
+            lambda: kernel.quant_matmul(torch.ones(2, 128), quantize_w8(torch.ones(4, 128)), config=_LARGE),
             "float32 has no tensor cores",
         ),
         (lambda: kernel.Config("stream-k"), "kind = 'stream-k': expected one of tile"),
@@ -168,7 +170,12 @@ def test_leading_dimensions_strides_and_no_rows():
 
 
 @pytest.mark.parametrize(
-    "config", [kernel.Config("tile", 64, 16, False, 2, 4, 5), kernel.Config("tile", 64, 32, True, 2, 4, 3)]
+    "config",
+    [
+        kernel.Config("tile", 64, 16, False, 2, 4, 5),
+        kernel.Config("tile", 64, 16, True, 2, 4, 3, 2),
+        kernel.Config("tile", 64, 32, True, 2, 4, 3),
+    ],
 )
 def test_a_row_alone_is_the_row_in_its_batch(config):
     packed = quantize_w4(random(70, 600))

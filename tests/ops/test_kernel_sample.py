@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from tessera_kernels.reference.sample import sample as reference
+from tessera_kernels.triton import sample as kernel
 from tessera_kernels.triton.sample import CONFIGS, SampleConfig, choose_config, passes_of, sample
 from tessera_parity.kernel_budget import noise_floor
 from tessera_parity.kernel_cases.sample import JUST_BELOW_ONE, OP, SMALL, WIDE, Case, _outside
@@ -150,6 +151,32 @@ def test_the_judge_lets_nothing_pass_but_rounding() -> None:
     right = OP.reference(case, given)
     assert not right["outside"].any()
     assert ids.shape == (2,)
+
+
+def test_filters_and_tensors_share_one_compilation(monkeypatch) -> None:
+    """What the compiler tells apart: constants, and the types of what is given; the first token waits for each."""
+    seen = set()
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *given, **constants: seen.add((
+                tuple(value.dtype if isinstance(value, torch.Tensor) else type(value) for value in given),
+                tuple(constants.items()),
+            ))  # fmt: skip
+
+    monkeypatch.setattr(kernel, "sample_kernel", Recorder())
+    logits, uniforms, each = random(2, 40), torch.tensor([0.1, 0.8]), torch.tensor([0.5, 0.9])
+    many = torch.tensor([3, 4], dtype=torch.int32)
+    for how in (
+        {},
+        {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "temperature": 0},
+        {"top_p": each, "min_p": each, "top_k": many},
+    ):
+        sample(logits, uniforms, **how)
+        sample(
+            logits, uniforms, temperature=each, **{name: value for name, value in how.items() if name != "temperature"}
+        )
+    assert len(seen) == 1
 
 
 def test_chosen_configurations_are_in_the_list() -> None:

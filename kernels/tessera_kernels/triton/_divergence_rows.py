@@ -1,15 +1,20 @@
 """Row kernels of the linear distillation loss: online sums over both models' logits, then loss and slopes.
 
-A row is walked two times, or three when the slopes need a sum that needs both normalizers (skew, JSD):
+A row is walked two times, or three when the slopes need a sum that needs both normalizers (skew, JSD); once less when
+the product has taken the sums of the first walk (`sums_of_tiles`; reverse KL then needs its sum as skew and JSD do):
 
     forward   s, t -> maxima, sum e^u, sum (e^v - e^u), [sum e^u x], cross-entropy sums      u, v = (s, t - maximum) / tau
-    backward  s, t -> sum q F(r), sum q G(r)                                                 only for three walks
-    last      s, t -> slopes, and sum q F(r) when there are two walks                        r = log p - log q
+    last      s, t -> slopes, and sum q F(r)                                                 r = log p - log q
 
-log p - log q is x - log(sum e^v / sum e^u), with x = ((t - s) - (difference of the maxima)) / tau. Near convergence both
-parts come from small numbers: t - s is exact, and the quotient of the sums is 1 + sum (e^v - e^u) / sum e^u, where each
-difference is e^u (e^x - 1). F and G: `_divergence_series`. Powers are of two, u, v and x times log2 e: an id then takes about
-30 instructions a walk, which HBM hides. Only a row's last tile, cut off by the vocabulary's end, is masked.
+    backward  s, t -> G(r) in float16, sum q F(r), sum q G(r)                                instead of the last one, where
+    scaling   s, G -> slopes, q (G - sum q G), over G                                        three are needed
+
+Sums of tiles give log(sum e^v / sum e^u) within some 1e-7. The loss feels its square, for sum q F'(r) vanishes with r;
+slopes lose that part of r. Walks over both logits keep more: log p - log q is x - log(sum e^v / sum e^u), with x = ((t -
+s) - (difference of the maxima)) / tau. Near convergence both parts come from small numbers: t - s is exact, and the
+quotient of the sums is 1 + sum (e^v - e^u) / sum e^u, where each difference is e^u (e^x - 1). F and G:
+`_divergence_series`. Powers are of two, u, v and x times log2 e: an id then takes about 30 instructions a walk, which HBM
+hides. Only a row's last tile, cut off by the vocabulary's end, is masked.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -37,6 +42,8 @@ SKEW_REVERSE = tl.constexpr(3)
 SERIES_BELOW = tl.constexpr(0.5)
 THREE_WALKS = tl.constexpr(2)
 """Divergences from this number on walk a row three times."""
+MOST_KEPT = tl.constexpr(65504.0)
+"""The largest number of float16. G(r) leaves it, if at all, where q is less than 1e-300."""
 
 
 @triton.jit
@@ -109,6 +116,22 @@ def row_sums(
 
 
 @triton.jit
+def sums_of_tiles(partials, row, blocks, num_rows, inv_tau, HARD: tl.constexpr, TILES: tl.constexpr):
+    """Return a row's maximum and sums from those of its tiles (`_logit_tiles`). TILES = a power of two that holds all."""
+    tiles, step = tl.arange(0, TILES), blocks * num_rows
+    there, place = tiles < blocks, partials + row + tiles * num_rows
+    tops = tl.load(place, mask=there, other=LOWEST)
+    top = tl.max(tops, 0)
+    mass = tl.sum(exp((tops - top) * inv_tau) * tl.load(place + step, mask=there, other=0.0), 0)
+    rest, moment = mass * 0.0, mass * 0.0
+    if HARD:
+        fall = exp(tops - top)
+        rest = tl.sum(fall * tl.load(place + 2 * step, mask=there, other=0.0), 0)
+        moment = tl.sum(fall * tl.load(place + 3 * step, mask=there, other=0.0), 0)
+    return top, mass, rest, moment
+
+
+@triton.jit
 def log_ratio_of_sums(mass, moved):
     """log(sum e^v / sum e^u) from sum e^u and the sum of the differences."""
     change = moved / mass
@@ -127,25 +150,25 @@ def _log_mixture(r, weight):
 def _term_and_slope(
     p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND: tl.constexpr
 ):
-    """Return q F(r) and q G(r) of each id. What the caller leaves unused costs nothing: the compiler drops it."""
+    """Return q F(r) and G(r) of each id, q G(r) of forward KL. What is left unused costs nothing: the compiler drops it."""
     near = tl.abs(r) < SERIES_BELOW
     f = f2 + r * (f3 + r * (f4 + r * (f5 + r * (f6 + r * (f7 + r * (f8 + r * f9))))))
     g = g1 + r * (g2 + r * (g3 + r * (g4 + r * (g5 + r * (g6 + r * (g7 + r * g8))))))
     if KIND == FORWARD:
         term, slope = p * r - p + q, q - p
     elif KIND == REVERSE:
-        term, slope = p - q - q * r, -q * r
+        term, slope = p - q - q * r, -r
     elif KIND == SKEW:
         ratio = r - _log_mixture(r, weight)
-        term, slope = p * ratio - (1.0 - weight) * (p - q), (weight - 1.0) * q * (exp(ratio) - 1.0)
+        term, slope = p * ratio - (1.0 - weight) * (p - q), (weight - 1.0) * (exp(ratio) - 1.0)
     elif KIND == SKEW_REVERSE:
         ratio = -_log_mixture(r, 1.0 - weight)
-        term, slope = q * ratio + (1.0 - weight) * (p - q), q * (ratio - weight * (exp(ratio) - 1.0))
+        term, slope = q * ratio + (1.0 - weight) * (p - q), ratio - weight * (exp(ratio) - 1.0)
     else:
         mixture = _log_mixture(r, weight)
-        term, slope = weight * p * (r - mixture) - (1.0 - weight) * q * mixture, (weight - 1.0) * q * mixture
+        term, slope = weight * p * (r - mixture) - (1.0 - weight) * q * mixture, (weight - 1.0) * mixture
     if KIND != REVERSE:  # whose slope is its series
-        slope = tl.where(near, q * (r * g), slope)
+        slope = tl.where(near, q * (r * g) if KIND == FORWARD else r * g, slope)
     return tl.where(near, q * (r * r * f), term), slope
 
 
@@ -159,32 +182,97 @@ def _probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau):
 
 
 @triton.jit
-def slope_sums(
-    student, teacher, width, padded, s_top, t_top, mass, moved, inv_tau, weight,
+def _ratio_tile(
+    student, teacher, ratios, columns, width, padded, s_top, t_top, s_share, t_share, shift, inv_tau, weight, lift,
     f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
-    KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    KIND: tl.constexpr, WRITE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Walk a row backward; return sum q F(r) and sum q G(r)."""
+    """Keep lift G(r) of one tile when WRITE; return q F(r), and q times what is kept."""
+    s, t = _logits(student, columns, width, padded, LAST), _logits(teacher, columns, width, padded, LAST)
+    p, q, r = _probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau)
+    term, slope = _term_and_slope(p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND)
+    kept = tl.clamp(slope * lift, -MOST_KEPT, MOST_KEPT, tl.PropagateNan.ALL).to(ratios.dtype.element_ty)
+    if WRITE:
+        if LAST:
+            tl.store(ratios + columns, kept, mask=columns < padded)
+        else:
+            tl.store(ratios + columns, kept)
+    return term, q * kept.to(tl.float32)
+
+
+@triton.jit
+def ratio_walk(
+    student, teacher, ratios, width, padded, s_top, t_top, mass, moved, inv_tau, weight, lift,
+    f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
+    KIND: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Walk a row backward; keep lift G(r) when WRITE; return sum q F(r), and the sum of q times what is kept.
+
+    The sum is over what was rounded: of one id that has nearly all of q, G and the sum then round alike.
+    """
     shift, s_share, t_share = log_ratio_of_sums(mass, moved), 1.0 / mass, 1.0 / (mass + moved)
     terms, slopes = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     whole = width // BLOCK
     if whole * BLOCK < width:
-        columns = whole * BLOCK + tl.arange(0, BLOCK)
-        s, t = _logits(student, columns, width, padded, True), _logits(teacher, columns, width, padded, True)
-        p, q, r = _probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau)
-        terms, slopes = _term_and_slope(
-            p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND
-        )
+        terms, slopes = _ratio_tile(
+            student, teacher, ratios, whole * BLOCK + tl.arange(0, BLOCK), width, padded, s_top, t_top, s_share, t_share,
+            shift, inv_tau, weight, lift, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND, WRITE, True,
+        )  # fmt: skip
     for step in tl.range(0, whole, num_stages=STAGES):
-        columns = (whole - 1 - step) * BLOCK + tl.arange(0, BLOCK)
-        s, t = _logits(student, columns, width, padded, False), _logits(teacher, columns, width, padded, False)
-        p, q, r = _probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau)
-        term, slope = _term_and_slope(
-            p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND
-        )
+        term, slope = _ratio_tile(
+            student, teacher, ratios, (whole - 1 - step) * BLOCK + tl.arange(0, BLOCK), width, padded, s_top, t_top, s_share,
+            t_share, shift, inv_tau, weight, lift,
+            f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND, WRITE, False,
+        )  # fmt: skip
         terms += term
         slopes += slope
     return tl.sum(terms, 0), tl.sum(slopes, 0)
+
+
+@triton.jit
+def _scaled_tile(
+    student, ratios, slopes, columns, width, padded, own_id, s_top, per_ratio, offset, hard_factor, hard_own, inv_tau,
+    HARD: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    s = _logits(student, columns, width, padded, LAST)
+    kept = tl.load(ratios + columns, mask=columns < padded, other=0.0) if LAST else tl.load(ratios + columns)
+    slope = tl.exp2((s - s_top) * (inv_tau * LOG2_E)) * (kept.to(tl.float32) * per_ratio - offset)
+    if HARD:
+        slope += tl.where(columns == own_id, hard_own, exp(s - s_top) * hard_factor)
+    if LAST:
+        slope = tl.where(columns < width, slope, 0.0)
+        tl.store(slopes + columns, slope.to(slopes.dtype.element_ty), mask=columns < padded)
+    else:
+        tl.store(slopes + columns, slope.to(slopes.dtype.element_ty))
+
+
+@triton.jit
+def scaling_walk(
+    student, ratios, slopes, width, padded, label, s_top, mass, rest, label_logit, kept_sum, lift, soft_scale, hard_scale,
+    z_loss, inv_tau, HARD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Walk a row forward; write slopes (see `last_walk`) over what `ratio_walk` kept of them."""
+    hard_factor, hard_own = _label_slopes(s_top, rest, label_logit, hard_scale, z_loss)
+    own_id, lanes, whole = label.to(tl.int32), tl.arange(0, BLOCK), width // BLOCK
+    per_ratio = soft_scale / mass / lift
+    for step in tl.range(0, whole, num_stages=STAGES):
+        _scaled_tile(
+            student, ratios, slopes, step * BLOCK + lanes, width, padded, own_id, s_top, per_ratio, per_ratio * kept_sum,
+            hard_factor, hard_own, inv_tau, HARD, False,
+        )  # fmt: skip
+    for step in range(whole, (padded + BLOCK - 1) // BLOCK):
+        _scaled_tile(
+            student, ratios, slopes, step * BLOCK + lanes, width, padded, own_id, s_top, per_ratio, per_ratio * kept_sum,
+            hard_factor, hard_own, inv_tau, HARD, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def _label_slopes(top, rest, label_logit, hard_scale, z_loss):
+    """Return what e^(s - top) is multiplied by in the slopes of the cross-entropy, and the label's own slope."""
+    _, total = label_loss(top, rest, label_logit)
+    share = 2.0 * z_loss * (top + tl.log(total))
+    return hard_scale * (1.0 + share) / total, hard_scale * (share * exp(label_logit - top) - rest) / total
 
 
 @triton.jit
@@ -199,7 +287,7 @@ def _last_tile(
     p, q, r = _probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau)
     term, slope = _term_and_slope(p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND)
     if WRITE:
-        slope = soft_scale * (slope - q * slope_sum)
+        slope = soft_scale * (slope if KIND == FORWARD else q * (slope - slope_sum))
         if HARD:
             slope += tl.where(columns == own_id, hard_own, exp(s - s_top) * hard_factor)
         if IN_PLACE:
@@ -226,10 +314,7 @@ def last_walk(
     logits of the student that the walk has behind it, or has just read.
     """
     shift, s_share, t_share = log_ratio_of_sums(mass, moved), 1.0 / mass, 1.0 / (mass + moved)
-    _, total = label_loss(s_top, rest, label_logit)
-    share = 2.0 * z_loss * (s_top + tl.log(total))
-    hard_factor = hard_scale * (1.0 + share) / total
-    hard_own = hard_scale * (share * exp(label_logit - s_top) - rest) / total
+    hard_factor, hard_own = _label_slopes(s_top, rest, label_logit, hard_scale, z_loss)
     own_id = (label - first_id).to(tl.int32)
     lanes, terms = tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.float32)
     whole, steps = width // BLOCK, (padded + BLOCK - 1) // BLOCK
@@ -279,13 +364,14 @@ def _slope_sum_of_kl(mass, moved, mean, KIND: tl.constexpr):
 
 @triton.jit
 def row_kernel(
-    student, teacher, slopes, labels, exact, losses, unit, vocab, padded,
+    student, teacher, slopes, ratios, labels, exact, losses, unit, partials, blocks, num_rows, vocab, padded, lift,
     ignore_index, inv_tau, weight, soft_weight, label_weight, z_loss,
     f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
     KIND: tl.constexpr, HARD: tl.constexpr, COLD: tl.constexpr, SHORT: tl.constexpr, WRITE: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """One row of both models: its loss and, with WRITE, the student's slopes."""
+    """One row of both models: its loss and, with WRITE, the student's slopes. TILES: 0, or its tiles have been summed."""
+    RATIOS: tl.constexpr = KIND >= THREE_WALKS or (TILES > 0 and KIND == REVERSE)
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     s, t, dz = student + row * padded, teacher + row * padded, slopes + row * padded
@@ -295,32 +381,41 @@ def row_kernel(
             write_zeros(dz, padded, BLOCK)
     else:
         zero = tl.full((), 0.0, tl.float32)
-        s_top, t_top, mass, moved, mean, rest, moment = row_sums(
-            s, t, 0, vocab, padded, label, zero + LOWEST, zero + LOWEST, zero, zero, zero, zero, zero, inv_tau,
-            KIND, HARD, COLD, BLOCK, STAGES,
-        )  # fmt: skip
+        if TILES:
+            s_top, mass, rest, moment = sums_of_tiles(partials, row, blocks, num_rows, inv_tau, HARD, TILES)
+            behind = partials + 4 * blocks * num_rows
+            t_top, moved, _, _ = sums_of_tiles(behind, row, blocks, num_rows, inv_tau, False, TILES)
+            moved, mean = moved - mass, zero
+        else:
+            s_top, t_top, mass, moved, mean, rest, moment = row_sums(
+                s, t, 0, vocab, padded, label, zero + LOWEST, zero + LOWEST, zero, zero, zero, zero, zero, inv_tau,
+                KIND, HARD, COLD, BLOCK, STAGES,
+            )  # fmt: skip
         own = zero
         if HARD:
             own = tl.load(exact + row)
             rest = without_shortfall(rest, moment, own, found_logit(s, 0, vocab, label, zero), SHORT)
-        slope_sum = _slope_sum_of_kl(mass, moved, mean, KIND)
-        divergence = zero
-        if KIND >= THREE_WALKS:
-            divergence, slope_sum = slope_sums(
-                s, t, vocab, padded, s_top, t_top, mass, moved, inv_tau, weight,
-                f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND, BLOCK, STAGES,
+        known = (not HARD) | ((label >= 0) & (label < vocab))
+        scale = tl.where(known, tl.load(unit), float("nan"))
+        if RATIOS:
+            kept = ratios + row * padded
+            divergence, slope_sum = ratio_walk(
+                s, t, kept, vocab, padded, s_top, t_top, mass, moved, inv_tau, weight, lift,
+                f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND, WRITE, BLOCK, STAGES,
             )  # fmt: skip
-        if WRITE or KIND < THREE_WALKS:
-            known = (not HARD) | ((label >= 0) & (label < vocab))
-            scale = tl.where(known, tl.load(unit), float("nan"))
-            last = last_walk(
-                s, t, dz, 0, vocab, padded, label, s_top, t_top, mass, moved, rest, own, slope_sum,
-                scale * soft_weight * inv_tau, scale * label_weight, z_loss, inv_tau, weight,
-                f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
-                KIND, HARD, WRITE, KIND < THREE_WALKS, False, BLOCK, STAGES,
+            if WRITE:
+                tl.debug_barrier()
+                scaling_walk(
+                    s, kept, dz, vocab, padded, label, s_top, mass, rest, own, slope_sum, lift,
+                    scale * soft_weight * inv_tau, scale * label_weight, z_loss, inv_tau, HARD, BLOCK, STAGES,
+                )  # fmt: skip
+        else:
+            divergence = last_walk(
+                s, t, dz, 0, vocab, padded, label, s_top, t_top, mass, moved, rest, own,
+                _slope_sum_of_kl(mass, moved, mean, KIND), scale * soft_weight * inv_tau, scale * label_weight, z_loss,
+                inv_tau, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
+                KIND, HARD, WRITE, True, False, BLOCK, STAGES,
             )  # fmt: skip
-            if KIND < THREE_WALKS:
-                divergence = last
         loss = mixed_loss(divergence, soft_weight, label_weight, z_loss, s_top, rest, own, label, vocab, HARD)
         tl.store(losses + row, loss)
 

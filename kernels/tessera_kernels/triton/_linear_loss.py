@@ -43,7 +43,7 @@ class LossConfig(NamedTuple):
     block: int = 0  # columns of a tile of the row kernel
     num_warps: int = 0
     stages: int = 0  # depth of the row kernel's prefetch; 1 = none
-    product: int = 0  # of the cross-entropy: 1 = the library's and float32 logits, 2 = `_logit_tiles`
+    product: int = 0  # 1 = the library's, 2 = that of `_logit_tiles`, which takes softmax sums in its epilogue
 
 
 MOST_LOGIT_ROWS = 512

@@ -1,4 +1,4 @@
-"""Logits of a linear head that never reach memory: a product with the head whose epilogue takes each tile's softmax sums.
+"""Products with a linear head whose epilogue takes each tile's softmax sums: of logits that never reach memory, or float32.
 
                V ->                         HBM        hidden states and head by TMA; powers [rows, V], float16; for each row
         +-------+-------+                              and tile the maximum, sum e^(z - maximum), sum z e^(z - maximum)
@@ -13,6 +13,10 @@ same for a whole tile and writes slopes in their place: 4 bytes of traffic an id
 take 14. In float16 a power keeps 11 bits down to 6e-5 of its tile's largest and 3e-8 of it below: less than the slope loses
 when it rounds. The label is left out of maximum, sums and powers, because near convergence it alone is large and its slope
 is small: it comes from a dot product of its own (`_label_logits`). Reference: `reference.linear_cross_entropy`.
+
+Distillation compares two models' logits, which near convergence takes float32: `summed_logit_tiles` writes them, a quarter
+of a tile at a time, and of a row and tile the maximum, sum e^((z - maximum) / tau), and for the mixture with labels sum
+e^(z - maximum) and sum z e^(z - maximum) without the label. Reference: `reference.linear_distillation`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -28,12 +32,47 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tessera_kernels.checks import is_interpreting
 from tessera_kernels.triton._cross_entropy_rows import capped, factors, row_loss, slope_of_cap
 from tessera_kernels.triton._launch import num_programs
-from tessera_kernels.triton._row_math import LOWEST, exp, without_shortfall, write_zeros
+from tessera_kernels.triton._row_math import LOG2_E, LOWEST, exp, without_shortfall, write_zeros
 
 BLOCK_X, BLOCK_V, BLOCK_D = 128, 256, 64
 GROUP, STAGES = 16, 4
 PARTIALS = 3
 """Numbers of a row and tile: maximum, sum, moment."""
+
+
+@triton.jit
+def _place(tile, blocks_x, blocks_v, BLOCK_X: tl.constexpr, GROUP: tl.constexpr):
+    """Return a tile's first row and its block of the vocabulary."""
+    group_size = GROUP * blocks_v
+    first_block = (tile // group_size) * GROUP
+    height = tl.minimum(blocks_x - first_block, GROUP)
+    return (first_block + tile % group_size % height) * BLOCK_X, tile % group_size // height
+
+
+@triton.jit
+def _product(
+    hidden,
+    head,
+    row,
+    column,
+    width,
+    LIFT: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    total = tl.zeros([BLOCK_X, BLOCK_V], tl.float32)
+    for start in tl.range(0, width, BLOCK_D):
+        a, b = hidden.load([row, start]), head.load([column, start])
+        if LIFT:  # the interpreter multiplies bfloat16 as integers
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, tl.trans(b), total)
+    return total
+
+
+@triton.jit
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tile.reshape([ROWS, 2, COLUMNS // 2]).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -70,19 +109,10 @@ def logit_tiles(
     blocks_x, blocks_v = tl.cdiv(num_rows, BLOCK_X), tl.cdiv(vocab, BLOCK_V)
     half: tl.constexpr = BLOCK_V // 2
     for tile in tl.range(tl.program_id(0), blocks_x * blocks_v, tl.num_programs(0), flatten=FLATTEN):
-        group_size = GROUP * blocks_v
-        first_block = (tile // group_size) * GROUP
-        height = tl.minimum(blocks_x - first_block, GROUP)
-        row = (first_block + tile % group_size % height) * BLOCK_X
-        block = tile % group_size // height
+        row, block = _place(tile, blocks_x, blocks_v, BLOCK_X, GROUP)
         column = block * BLOCK_V
-        total = tl.zeros([BLOCK_X, BLOCK_V], tl.float32)
-        for start in tl.range(0, width, BLOCK_D):
-            a, b = hidden.load([row, start]), head.load([column, start])
-            if LIFT:  # the interpreter multiplies bfloat16 as integers
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            total = tl.dot(a, tl.trans(b), total)
-        first, second = total.reshape([BLOCK_X, 2, half]).permute(0, 2, 1).split()
+        total = _product(hidden, head, row, column, width, LIFT, BLOCK_X, BLOCK_V, BLOCK_D)
+        first, second = _halves(total, BLOCK_X, BLOCK_V)
         rows = row + tl.arange(0, BLOCK_X)
         inside = rows < num_rows
         label = tl.load(labels + rows, mask=inside, other=-1)
@@ -147,6 +177,60 @@ def finish_rows(
                 tl.store(dz + columns, slope.to(dz.dtype.element_ty), mask=columns < padded)
 
 
+@triton.jit
+def _quarter_sums(raw, top, ids, own, inv_tau, HARD: tl.constexpr, COLD: tl.constexpr):
+    """Return a quarter's sum at the temperature; at temperature 1 and without the label, sum and moment."""
+    below = raw - top[:, None]
+    e = tl.exp2(below * (inv_tau * LOG2_E))
+    if HARD:
+        cold = tl.where(ids == own, 0.0, exp(below) if COLD else e)
+        return tl.sum(e, 1), tl.sum(cold, 1), tl.sum(cold * raw, 1)
+    return tl.sum(e, 1), top, top
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def summed_logit_tiles(
+    hidden, head, logits, labels, partials, num_rows, vocab, width, inv_tau, HARD: tl.constexpr, COLD: tl.constexpr,
+    LIFT: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """Write float32 logits a quarter of a tile at a time, and partials [2, or with HARD 4, tiles, rows]."""
+    blocks_x, blocks_v = tl.cdiv(num_rows, BLOCK_X), tl.cdiv(vocab, BLOCK_V)
+    quarter: tl.constexpr = BLOCK_V // 4
+    for tile in tl.range(tl.program_id(0), blocks_x * blocks_v, tl.num_programs(0), flatten=FLATTEN):
+        row, block = _place(tile, blocks_x, blocks_v, BLOCK_X, GROUP)
+        column = block * BLOCK_V
+        total = _product(hidden, head, row, column, width, LIFT, BLOCK_X, BLOCK_V, BLOCK_D)
+        rows = row + tl.arange(0, BLOCK_X)
+        inside = rows < num_rows
+        ids, left = tl.arange(0, quarter)[None, :], vocab - column
+        own = tl.full([BLOCK_X, 1], -1, tl.int32)
+        if HARD:
+            label = tl.load(labels + rows, mask=inside, other=-1)
+            here = (label >= column) & (label < column + BLOCK_V)
+            own = tl.where(here, label - column, -1).to(tl.int32)[:, None]
+        total = tl.where(tl.arange(0, BLOCK_V)[None, :] < left, total, LOWEST)
+        top = tl.max(total, 1)
+        first, second = _halves(total, BLOCK_X, BLOCK_V)
+        a, b = _halves(first, BLOCK_X, BLOCK_V // 2)
+        c, d = _halves(second, BLOCK_X, BLOCK_V // 2)
+        logits.store([row, column], a)
+        mass_a, rest_a, moment_a = _quarter_sums(a, top, ids, own, inv_tau, HARD, COLD)
+        logits.store([row, column + quarter], b)
+        mass_b, rest_b, moment_b = _quarter_sums(b, top, ids + quarter, own, inv_tau, HARD, COLD)
+        logits.store([row, column + 2 * quarter], c)
+        mass_c, rest_c, moment_c = _quarter_sums(c, top, ids + 2 * quarter, own, inv_tau, HARD, COLD)
+        logits.store([row, column + 3 * quarter], d)
+        mass_d, rest_d, moment_d = _quarter_sums(d, top, ids + 3 * quarter, own, inv_tau, HARD, COLD)
+        place = partials + block * num_rows + rows
+        step = blocks_v * num_rows
+        tl.store(place, top, mask=inside)
+        tl.store(place + step, (mass_a + mass_b) + (mass_c + mass_d), mask=inside)
+        if HARD:
+            tl.store(place + 2 * step, (rest_a + rest_b) + (rest_c + rest_d), mask=inside)
+            tl.store(place + 3 * step, (moment_a + moment_b) + (moment_c + moment_d), mask=inside)
+
+
 def reads(*operands: Tensor) -> bool:
     """Can the tiles of these half-precision matrices be read by TMA?"""
     return all(
@@ -185,3 +269,31 @@ def multiply_and_finish(
         powers, slopes, partials, found, labels, exact, losses, unit, vocab, padded, num_rows, *convention,
         TILES=triton.next_power_of_2(blocks), STEP=16, **flags,
     )  # fmt: skip
+
+
+def multiply_both(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    logits: Tensor,
+    labels: Tensor,
+    inv_tau: float,
+    hard: bool,
+) -> Tensor:
+    """Write the float32 logits [2, rows, padded] of both models' (hidden states, head).
+
+    Return what each row and tile has of sums, [6, tiles, rows]: four numbers of the student's, two of the teacher's.
+    """
+    num_rows, vocab = len(student[0]), len(student[1])
+    blocks = triton.cdiv(vocab, BLOCK_V)
+    partials = torch.empty(6, blocks, num_rows, dtype=torch.float32, device=logits.device)
+    grid = num_programs(triton.cdiv(num_rows, BLOCK_X) * blocks, 1, logits.device)
+    for (hidden, head), out, sums, counts in zip(
+        (student, teacher), logits, (partials[:4], partials[4:]), (hard, False), strict=True
+    ):
+        summed_logit_tiles[(grid,)](
+            TensorDescriptor.from_tensor(hidden, [BLOCK_X, BLOCK_D]), TensorDescriptor.from_tensor(head, [BLOCK_V, BLOCK_D]),
+            TensorDescriptor.from_tensor(out, [BLOCK_X, BLOCK_V // 4]), labels, sums, num_rows, vocab, hidden.shape[1],
+            inv_tau, HARD=counts, COLD=counts and inv_tau != 1.0, LIFT=is_interpreting(), BLOCK_X=BLOCK_X, BLOCK_V=BLOCK_V,
+            BLOCK_D=BLOCK_D, GROUP=GROUP, FLATTEN=True, num_stages=STAGES, num_warps=8,
+        )  # fmt: skip
+    return partials

@@ -82,13 +82,22 @@ def _side_by_side(a, b, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _x_tile(x, r, k, rows, width, stride, WIDE: tl.constexpr, EVEN: tl.constexpr):
-    """Return rows r and inputs k of x with zeros outside: [k, r] if WIDE, else [r, k]."""
-    row, column = (r[None, :], k[:, None]) if WIDE else (r[:, None], k[None, :])
-    seen = row < rows
-    if not EVEN:
-        seen = seen & (column < width)
-    return tl.load(x + row * stride + column, mask=seen, other=0.0)
+def _x_tile(x, x_tiles, r, first_r, first_k, rows, width, stride, INPUTS: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
+            X_TMA: tl.constexpr):  # fmt: skip
+    """Return rows r of x and inputs first_k to first_k + INPUTS, zeros outside: [inputs, r] if WIDE, else [r, inputs].
+
+    X_TMA: the copy engine reads them, which leaves registers and instructions to the weights.
+    """
+    if X_TMA:
+        tile = tl.trans(x_tiles.load([first_r, first_k]))
+    else:
+        k = first_k + tl.arange(0, INPUTS)
+        row, column = (r[None, :], k[:, None]) if WIDE else (r[:, None], k[None, :])
+        seen = row < rows
+        if not EVEN:
+            seen = seen & (column < width)
+        tile = tl.load(x + row * stride + column, mask=seen, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -113,10 +122,11 @@ def _settled(acc, LIFT: tl.constexpr):
 
 @triton.jit(do_not_specialize=_NO_SPECIAL[:4])
 def tile_kernel(
-    x, codes, steps, out, rows, width, num_outputs, last_group, tiles, tiles_per_split, x_stride,
+    x, codes, steps, out, rows, width, num_outputs, last_group, tiles, tiles_per_split, x_stride, x_tiles,
     BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_X: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, TRICK: tl.constexpr, LIFT: tl.constexpr,
-    STAGES: tl.constexpr, GROUP_X: tl.constexpr, EARLY_ADD: tl.constexpr,
+    STAGES: tl.constexpr, PER_TURN: tl.constexpr, GROUP_X: tl.constexpr, EARLY_ADD: tl.constexpr, WHOLE: tl.constexpr,
+    X_TMA: tl.constexpr,
 ):  # fmt: skip
     if EARLY_ADD:
         tl.extra.cuda.gdc_launch_dependents()
@@ -131,28 +141,34 @@ def tile_kernel(
     acc = tl.zeros((BLOCK_F, BLOCK_X) if WIDE else (BLOCK_X, BLOCK_F), tl.float32)
     nothing = tl.zeros((BLOCK_F, BLOCK_X) if WIDE else (BLOCK_X, BLOCK_F), tl.float32)
     dtype: tl.constexpr = x.dtype.element_ty
+    first_r = (block_x * BLOCK_X).to(tl.int32)
     SHRINK: tl.constexpr = _SHRUNK if BITS == 8 and TRICK else 1.0
     first = split * tiles_per_split
-    for tile in tl.range(first, tl.minimum(first + tiles_per_split, tiles), num_stages=STAGES):
+    last = tl.minimum(first + tiles_per_split, tiles)
+    for tile in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=PER_TURN):
         low_scale, low_zero, high_scale, high_zero = _steps(
             steps, tile, f, num_outputs, last_group, GROUP, SHRINK, WIDE
         )
         words = _words(codes, tile, f, num_outputs, BITS, WIDE)
         sum_from = acc if SCALE != _LATE else nothing
         if BITS == 4 and not WIDE:  # pieces of 32: a joined one would have the registers of mma in the wrong order
-            k = tile * _TILE + tl.arange(0, _QUARTER)
-            x_a = _x_tile(x, r, k, rows, width, x_stride, WIDE, EVEN)
-            x_b = _x_tile(x, r, k + _QUARTER, rows, width, x_stride, WIDE, EVEN)
-            x_c = _x_tile(x, r, k + 2 * _QUARTER, rows, width, x_stride, WIDE, EVEN)
-            x_d = _x_tile(x, r, k + 3 * _QUARTER, rows, width, x_stride, WIDE, EVEN)
+            k = tile * _TILE
+            x_a = _x_tile(x, x_tiles, r, first_r, k, rows, width, x_stride, _QUARTER, WIDE, EVEN, X_TMA)
+            x_b = _x_tile(x, x_tiles, r, first_r, k + _QUARTER, rows, width, x_stride, _QUARTER, WIDE, EVEN, X_TMA)
+            x_c = _x_tile(x, x_tiles, r, first_r, k + 2 * _QUARTER, rows, width, x_stride, _QUARTER, WIDE, EVEN, X_TMA)
+            x_d = _x_tile(x, x_tiles, r, first_r, k + 3 * _QUARTER, rows, width, x_stride, _QUARTER, WIDE, EVEN, X_TMA)
             a, b, c, d = nibbles(words, low_zero, high_zero, dtype, TRICK)
             low_sum = _dot(b, x_b, _dot(a, x_a, sum_from, WIDE, LIFT), WIDE, LIFT)
             high_sum = _dot(c, x_c, nothing if GROUP % 128 else low_sum, WIDE, LIFT)
             high_sum = _dot(d, x_d, high_sum, WIDE, LIFT)
-        else:
-            k = tile * _TILE + tl.arange(0, _HALF)
-            low_x = _x_tile(x, r, k, rows, width, x_stride, WIDE, EVEN)
-            high_x = _x_tile(x, r, k + _HALF, rows, width, x_stride, WIDE, EVEN)
+        elif WHOLE:  # one product a turn, so one wait
+            whole_x = _x_tile(x, x_tiles, r, first_r, tile * _TILE, rows, width, x_stride, _TILE, WIDE, EVEN, X_TMA)
+            low, high = _halves(words, low_zero, high_zero, BITS, WIDE, dtype, TRICK)
+            high_sum = _dot(_side_by_side(low, high, WIDE), whole_x, sum_from, WIDE, LIFT)
+        else:  # two: while the first runs, the weights of the second are unpacked
+            k = tile * _TILE
+            low_x = _x_tile(x, x_tiles, r, first_r, k, rows, width, x_stride, _HALF, WIDE, EVEN, X_TMA)
+            high_x = _x_tile(x, x_tiles, r, first_r, k + _HALF, rows, width, x_stride, _HALF, WIDE, EVEN, X_TMA)
             low, high = _halves(words, low_zero, high_zero, BITS, WIDE, dtype, TRICK)
             if SCALE == _EARLY:
                 low, high = times(low, low_scale, dtype, TRICK), times(high, high_scale, dtype, TRICK)

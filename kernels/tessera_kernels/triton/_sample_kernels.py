@@ -1,4 +1,4 @@
-"""The Triton kernel of `sample`; the equation, the picture and the launch are there.
+"""The Triton kernels of `sample`; the equation, the picture and the launch are there.
 
 Numbers are put in order as signed integers (`_image`), and masses are integers too: a probability relative to the largest is
 rounded once, down to a multiple of 1 / ONE, and every sum of them is exact. So the mass above a threshold does not depend on
@@ -29,6 +29,9 @@ GUESSES = tl.constexpr(3)
 DEVIATIONS, SPARE = tl.constexpr(4.0), tl.constexpr(8)
 """Width of a guess on each side: standard deviations of the sampled mass, and places in the sample beyond them."""
 
+
+EACH_T, EACH_K, EACH_P, EACH_M = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
+"""Bits that say which parameters are given for each row: arguments, so that one compilation serves all uses."""
 
 NOTHING = tl.constexpr(0xFF800000)
 """An entry of the list that is -inf."""
@@ -116,8 +119,7 @@ def _scan(row, length, DROP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.conste
 @triton.jit
 def _append(
     row, start, length, least, most, top, rate, min_p, list_ptr, held, above, heavier, reached, total, likely,
-    TAIL: tl.constexpr, TOTALS: tl.constexpr, MIN_P: tl.constexpr, ONE: tl.constexpr, DEPTH: tl.constexpr,
-    LANES: tl.constexpr, SLOTS: tl.constexpr,
+    TAIL: tl.constexpr, ONE: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Take DEPTH numbers of each lane into the list and the sums. All are read first: none waits for a write."""
     lane = tl.arange(0, LANES)
@@ -143,23 +145,20 @@ def _append(
         above += over.to(tl.int32)
         heavier += tl.where(over, mass, 0)
         reached += tl.where(x >= least, mass, 0)
-        if TOTALS:
-            total += mass
-            if MIN_P:
-                likely += tl.where(weight >= min_p, mass, 0)
+        total += mass
+        likely += tl.where(weight >= min_p, mass, 0)
     return held, above, heavier, reached, total, likely
 
 
 @triton.jit
 def _collect(
     row, length, low, up, top, rate, min_p, list_ptr,
-    TOTALS: tl.constexpr, MIN_P: tl.constexpr, DROP: tl.constexpr, ONE: tl.constexpr, DEPTH: tl.constexpr,
-    LANES: tl.constexpr, SLOTS: tl.constexpr,
+    DROP: tl.constexpr, ONE: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """A pass: list the numbers whose images are low to up, and their ids, as far as each lane has room.
 
     Return (how many each lane met, rank and mass above `up`, the mass of what is at least `low`, the mass of the row, the mass
-    of what min-p keeps); the last two where TOTALS asks.
+    of what min-p keeps).
     """
     tl.debug_barrier()  # the list before this one has been read
     TILE: tl.constexpr = DEPTH * LANES
@@ -175,18 +174,16 @@ def _collect(
     for start in range(0, whole, TILE):
         held, above, heavier, reached, total, likely = _append(
             row, start, length, least, most, top, rate, min_p, list_ptr, held, above, heavier, reached, total, likely,
-            False, TOTALS, MIN_P, ONE, DEPTH, LANES, SLOTS,
+            False, ONE, DEPTH, LANES, SLOTS,
         )  # fmt: skip
     for start in range(whole, length, LANES):
         held, above, heavier, reached, total, likely = _append(
             row, start, length, least, most, top, rate, min_p, list_ptr, held, above, heavier, reached, total, likely,
-            True, TOTALS, MIN_P, ONE, 1, LANES, SLOTS,
+            True, ONE, 1, LANES, SLOTS,
         )  # fmt: skip
     tl.debug_barrier()
-    all_mass = tl.sum(total, 0)
     return (
-        held, tl.sum(above, 0).to(tl.int64), tl.sum(heavier, 0), tl.sum(reached, 0), all_mass,
-        tl.sum(likely, 0) if MIN_P else all_mass,
+        held, tl.sum(above, 0).to(tl.int64), tl.sum(heavier, 0), tl.sum(reached, 0), tl.sum(total, 0), tl.sum(likely, 0),
     )  # fmt: skip
 
 
@@ -215,18 +212,16 @@ def _narrowed(
 
 
 @triton.jit
-def _only(list_ptr, held, low, up, DROP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr):
+def _only(list_ptr, held, low, up, DROP: tl.constexpr, LANES: tl.constexpr):
     """Return (image, id) of the one entry of a list that has its image between these two."""
     lane = tl.arange(0, LANES)
     least = _number(low, DROP)
     most = _number(up, DROP)
     found = tl.full([LANES], -1, tl.int64)
-    for start in range(0, tl.max(held, 0), DEPTH):
-        for depth in tl.static_range(DEPTH):
-            slot = start + depth
-            entry = tl.load(list_ptr + slot * LANES + lane, mask=slot < held, other=0)
-            x = _entry_number(entry)
-            found = tl.where((x >= least) & (x <= most) & (slot < held), entry, found)
+    for slot in range(tl.max(held, 0)):
+        entry = tl.load(list_ptr + slot * LANES + lane, mask=slot < held, other=0)
+        x = _entry_number(entry)
+        found = tl.where((x >= least) & (x <= most) & (slot < held), entry, found)
     entry = tl.max(found, 0)
     return _image(_entry_number(entry), DROP), _entry_id(entry)
 
@@ -296,7 +291,7 @@ def _sampled(row, length, DROP: tl.constexpr, SAMPLE: tl.constexpr):
 
 
 @triton.jit
-def _guess(sample, by_rank, share, low, up, top, rate, room, num_ids, DROP: tl.constexpr, SAMPLE: tl.constexpr):
+def _guess(sample_ptr, by_rank, share, low, up, top, rate, room, num_ids, DROP: tl.constexpr, SAMPLE: tl.constexpr):
     """Return the part (low, up) of a bracket in which `share` of its rank or mass seems to be reached.
 
     The share of the sample that lies above x has the variance ((1 - share)^2 sum of w^2 above + share^2 sum of w^2 below)
@@ -304,6 +299,7 @@ def _guess(sample, by_rank, share, low, up, top, rate, room, num_ids, DROP: tl.c
     """
     most = (room.to(tl.int64) * (SAMPLE * 3 // 4) // num_ids).to(tl.int32)
     place = tl.arange(0, SAMPLE)
+    sample = tl.load(sample_ptr + place)
     known = (sample >= low) & (sample <= up)
     weight = tl.where(by_rank, 1.0, tl.exp2((_number(sample, DROP) - top) * rate))
     weight = tl.where(known, weight, 0.0)
@@ -344,10 +340,7 @@ def _nth(row, length, key, n, DROP: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _nth_listed(
-    list_ptr, held, num_ids, key, n,
-    DROP: tl.constexpr, PIVOTS: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+def _nth_listed(list_ptr, held, num_ids, key, n, DROP: tl.constexpr, PIVOTS: tl.constexpr, LANES: tl.constexpr):
     """Return the n-th id of a list, from 0, whose image is `key`: a search for the least id up to which there are n + 1."""
     lane = tl.arange(0, LANES)[None, :]
     bound = held[None, :]
@@ -356,13 +349,10 @@ def _nth_listed(
     while up - low > 1:
         pivots = _cut(low, up, PIVOTS)
         counts = tl.zeros([PIVOTS, LANES], tl.int32)
-        for start in range(0, tl.max(held, 0), DEPTH):
-            for depth in tl.static_range(DEPTH):
-                place = (start + depth) * LANES + lane
-                inside = start + depth < bound
-                entry = tl.load(list_ptr + place, mask=inside, other=0)
-                equal = inside & (_image(_entry_number(entry), DROP) == key)
-                counts += (tl.where(equal, _entry_id(entry), HIGHEST) <= pivots[:, None]).to(tl.int32)
+        for slot in range(tl.max(held, 0)):
+            entry = tl.load(list_ptr + slot * LANES + lane, mask=slot < bound, other=0)
+            equal = (slot < bound) & (_image(_entry_number(entry), DROP) == key)
+            counts += (tl.where(equal, _entry_id(entry), HIGHEST) <= pivots[:, None]).to(tl.int32)
         enough = tl.sum(counts, 1) > n
         low = tl.maximum(low, tl.max(tl.where(enough, -1, pivots), 0))
         up = tl.minimum(up, tl.min(tl.where(enough, pivots, HIGHEST), 0))
@@ -370,70 +360,79 @@ def _nth_listed(
 
 
 @triton.jit
-def _parameter(pointer, value, row, GIVEN: tl.constexpr, dtype: tl.constexpr):
-    if GIVEN:  # noqa: SIM108 - decides which code is compiled
-        found = tl.load(pointer + row).to(dtype)
-    else:
-        found = tl.full([], value, dtype)
-    return found
+def _parameter(pointer, value, row, given):
+    """Return a row's own parameter where there is one for each, else the one of all rows."""
+    return tl.load(pointer + row, mask=given != 0, other=value)
 
 
-@triton.jit(do_not_specialize=("num_ids", "stride_row", "temperature", "top_k", "top_p", "min_p"))
+@triton.jit
+def _is_drawn(heat, best, DROP: tl.constexpr):
+    """Say whether a row is drawn from at all; if not, the first in order is its answer."""
+    return (heat != 0.0) & (best > LOWEST >> DROP) & (best < INFINITE >> DROP)
+
+
+@triton.jit(
+    do_not_specialize=("num_ids", "stride_row", "temperature", "top_k", "top_p", "min_p", "each"),
+    do_not_specialize_on_alignment=(
+        "logits_ptr", "uniforms_ptr", "out_ptr", "passes_ptr", "known_ptr", "list_ptr", "temperature_ptr", "top_k_ptr",
+        "top_p_ptr", "min_p_ptr",
+    ),
+)  # fmt: skip
 def sample_kernel(
-    logits_ptr, uniforms_ptr, out_ptr, passes_ptr, list_ptr,
-    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, temperature, top_k, top_p, min_p, num_ids, stride_row,
-    EACH_T: tl.constexpr, EACH_K: tl.constexpr, EACH_P: tl.constexpr, EACH_M: tl.constexpr,
-    MIN_P: tl.constexpr, DROP: tl.constexpr, ONE: tl.constexpr, SCAN_DEPTH: tl.constexpr, DEPTH: tl.constexpr,
-    LANES: tl.constexpr, SLOTS: tl.constexpr,
-    PIVOTS: tl.constexpr, LIST_PIVOTS: tl.constexpr, LIST_DEPTH: tl.constexpr, SAMPLE: tl.constexpr,
+    logits_ptr, uniforms_ptr, out_ptr, passes_ptr, known_ptr, list_ptr,
+    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, temperature, top_k, top_p, min_p, num_ids, stride_row, each,
+    DROP: tl.constexpr, ONE: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
+    PIVOTS: tl.constexpr, LIST_PIVOTS: tl.constexpr, LIST_DEPTH: tl.constexpr, SAMPLE: tl.constexpr, SCAN_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One program draws one row's id; it also says how often it read the row."""
+    """One program draws one row's id; it also says how often the row was read.
+
+    The sample passes through memory: in the layout of its sort, registers of a tensor are spread as no pass wants them.
+    `_collect` and `_guess` are called in one place, for the first list as for later ones: each copy costs seconds of compiling.
+    """
     tl.static_assert(SLOTS <= MOST_SLOTS)
     number = tl.program_id(0)
     row = logits_ptr + number.to(tl.int64) * stride_row
     list_ptr += number.to(tl.int64) * (2 * SLOTS * LANES)
-    heat = _parameter(temperature_ptr, temperature, number, EACH_T, tl.float32)
-    first_k = _parameter(top_k_ptr, top_k, number, EACH_K, tl.int64)
-    share = _parameter(top_p_ptr, top_p, number, EACH_P, tl.float64)
-    least = _parameter(min_p_ptr, min_p, number, EACH_M, tl.float32)
-    uniform = tl.load(uniforms_ptr + number).to(tl.float64)
-
-    best, answer, floor = _scan(row, num_ids, DROP, SCAN_DEPTH, LANES)
-    passes = 1
-    if (heat != 0.0) & (best > LOWEST >> DROP) & (best < INFINITE >> DROP):  # else the first is the answer
+    known_ptr += number.to(tl.int64) * SAMPLE
+    heat = _parameter(temperature_ptr, temperature, number, each & EACH_T)
+    best, first, floor = _scan(row, num_ids, DROP, SCAN_DEPTH, LANES)
+    tl.store(out_ptr + number, first)  # of rows that are not drawn from
+    tl.store(passes_ptr + number, 1)
+    if _is_drawn(heat, best, DROP):
+        tl.store(known_ptr + tl.arange(0, SAMPLE), _sampled(row, num_ids, DROP, SAMPLE))
+        tl.debug_barrier()
+        first_k = _parameter(top_k_ptr, top_k, number, each & EACH_K).to(tl.int64)
+        share = _parameter(top_p_ptr, top_p, number, each & EACH_P).to(tl.float64)
+        least = _parameter(min_p_ptr, min_p, number, each & EACH_M)
+        uniform = tl.load(uniforms_ptr + number).to(tl.float64)
         top = _number(best, DROP)
         rate = tl.minimum(1.4426950408889634 / heat, STEEPEST)
         lowest = tl.full([], LOWEST >> DROP, tl.int32)
         none = tl.full([], 0, tl.int64)
         everyone = num_ids.to(tl.int64)
         room = tl.full([], SLOTS * LANES // 2, tl.int32)  # lanes are not filled evenly
-        sample = _sampled(row, num_ids, DROP, SAMPLE)
-
-        # the first list: around the first edge, or all
         limited = (first_k > 0) & (first_k < num_ids)
-        chance = uniform.to(tl.float32)
-        if MIN_P:
-            weight = tl.exp2((_number(sample, DROP) - top) * rate)
-            chance *= tl.sum(tl.where(weight >= least, weight, 0.0), 0) / tl.maximum(tl.sum(weight, 0), 1e-30)
-        chance = tl.where(share < 1.0, share.to(tl.float32), chance)
+        small = limited & (first_k <= LANES)  # what is at least the floor holds that many for certain
+
+        # the share of all ranks or of all mass at which the first edge seems to lie
+        weight = tl.exp2((_number(tl.load(known_ptr + tl.arange(0, SAMPLE)), DROP) - top) * rate)
+        chance = tl.sum(tl.where(weight >= least, weight, 0.0), 0) / tl.maximum(tl.sum(weight, 0), 1e-30)
+        chance = tl.where(share < 1.0, share.to(tl.float32), chance * uniform.to(tl.float32))
         chance = tl.where(limited, first_k.to(tl.float32) / num_ids.to(tl.float32), chance)
-        low, up = _guess(sample, limited, chance, lowest, best, top, rate, room, num_ids, DROP, SAMPLE)
-        if limited & (first_k <= LANES):
-            low = tl.maximum(floor, lowest + 1)
-            up = best
-        if num_ids <= SLOTS * LANES:
-            low = lowest + 1
-            up = best
-        held, rank_up, mass_up, mass_low, total, likely = _collect(
-            row, num_ids, low, up, top, rate, least, list_ptr, True, MIN_P, DROP, ONE, DEPTH, LANES, SLOTS
-        )
-        passes += 1
-        rank_low = rank_up + tl.sum(held, 0)
-        fits = (tl.max(held, 0) <= SLOTS).to(tl.int32)
-        kept = total
-        for query in range(3):  # the edge of top-k by rank; the edge of top-p by mass; the draw by mass
-            by_rank = query == 0
+
+        answer = 0
+        passes = 1
+        held = tl.zeros([LANES], tl.int32)
+        fits = 0  # whether all of the bracket is in the list
+        low, rank_low, mass_low = lowest, everyone, none + 1  # its mass is not known yet
+        up, rank_up, mass_up = best, none, none
+        total, likely, kept = none, none, none
+        for query in range(-1, 3):  # the first list; the edge of top-k by rank; that of top-p by mass; the draw by mass
+            by_rank = (query == 0) | ((query < 0) & limited)
+            target = none
+            active = query < 0
             if query == 0:
+                kept = total
                 target = first_k
                 active = limited & ((target <= rank_low) | (mass_low < total))  # else all that has mass is kept
             elif query == 1:
@@ -441,47 +440,53 @@ def sample_kernel(
                 target = exact.to(tl.int64)
                 target = tl.maximum(target + (target.to(tl.float64) < exact).to(tl.int64), 1)
                 active = (share < 1.0) & (target < kept)
-            else:
+            elif query == 2:
                 kept = tl.minimum(kept, tl.maximum(likely, ONE))  # the first is kept whatever min-p says
                 target = tl.minimum((uniform * kept.to(tl.float64)).to(tl.int64) + 1, kept)
                 active = target > 0
             if active:
-                # what the list says of where the target lies
-                if target <= tl.where(by_rank, rank_up, mass_up):
-                    low, rank_low, mass_low = up + 1, rank_up, mass_up
-                    up, rank_up, mass_up = best, none, none
-                    fits = 0
-                elif target > tl.where(by_rank, rank_low, mass_low):
-                    up, rank_up, mass_up = low - 1, rank_low, mass_low
-                    low, rank_low, mass_low = lowest, everyone, total
-                    fits = 0
+                if query >= 0:  # what the list says of where the target lies
+                    if target <= tl.where(by_rank, rank_up, mass_up):
+                        low, rank_low, mass_low = up + 1, rank_up, mass_up
+                        up, rank_up, mass_up = best, none, none
+                        fits = 0
+                    elif target > tl.where(by_rank, rank_low, mass_low):
+                        up, rank_up, mass_up = low - 1, rank_low, mass_low
+                        low, rank_low, mass_low = lowest, everyone, total
+                        fits = 0
                 guesses = 0
-                while (fits == 0) & (low < up):
-                    if (rank_low - rank_up > room) & (guesses >= GUESSES):
+                while (fits == 0) & (low < up) & ((query >= 0) | (guesses == 0)):
+                    crowded = (rank_low - rank_up > room) & (num_ids > SLOTS * LANES)
+                    if crowded & (guesses >= GUESSES):
                         pivots = _cut(low, up, PIVOTS)
                         full = (num_ids - tl.arange(0, LANES) + LANES - 1) // LANES
-                        counts, masses = _above(row, full, pivots, top, rate, False, DROP, ONE, PIVOTS, DEPTH, LANES)
+                        counts, masses = _above(
+                            row, full, pivots, top, rate, False, DROP, ONE, PIVOTS, LIST_DEPTH, LANES
+                        )
                         low, up, rank_up, mass_up, rank_low, mass_low = _inside(
                             target, by_rank, pivots, counts, masses, low, up, rank_up, mass_up, rank_low, mass_low
                         )
                     else:
                         least_key = tl.maximum(low, lowest + 1)
                         most_key = up
-                        if rank_low - rank_up > room:
+                        if (query < 0) & small:
+                            least_key = tl.maximum(floor, least_key)
+                        elif crowded:
                             above_up = tl.where(by_rank, rank_up, mass_up)
                             above_low = tl.where(by_rank, rank_low, mass_low)
                             part = (target - above_up).to(tl.float32) / (above_low - above_up).to(tl.float32)
+                            part = tl.where(query < 0, chance, part)
                             least_key, most_key = _guess(
-                                sample, by_rank, part, low, up, top, rate, room, num_ids, DROP, SAMPLE
+                                known_ptr, by_rank, part, low, up, top, rate, room, num_ids, DROP, SAMPLE
                             )
-                        held, above, heavier, reached, _, _ = _collect(
-                            row, num_ids, least_key, most_key, top, rate, least, list_ptr, False, False, DROP,
-                            ONE, DEPTH, LANES, SLOTS,
+                        held, above, heavier, reached, total, likely = _collect(
+                            row, num_ids, least_key, most_key, top, rate, least, list_ptr,
+                            DROP, ONE, DEPTH, LANES, SLOTS,
                         )  # fmt: skip
                         count = tl.sum(held, 0)
-                        if target <= tl.where(by_rank, above, heavier):
+                        if (query >= 0) & (target <= tl.where(by_rank, above, heavier)):
                             low, rank_low, mass_low = most_key + 1, above, heavier
-                        elif target > tl.where(by_rank, above + count, reached):
+                        elif (query >= 0) & (target > tl.where(by_rank, above + count, reached)):
                             up, rank_up, mass_up = least_key - 1, above + count, reached
                         else:
                             low, rank_low, mass_low = least_key, above + count, reached
@@ -492,6 +497,7 @@ def sample_kernel(
                         guesses += 1
                     passes += 1
 
+            if active & (query >= 0):
                 at = low
                 end = up
                 ranks = rank_up
@@ -516,7 +522,7 @@ def sample_kernel(
                         near_held = _narrowed(near_ptr, narrow_ptr, near_held, at, end, DROP, DEPTH, LANES)
                         near_ptr, near_rank, near_mass = narrow_ptr, ranks, heavier
                 if (fits != 0) & (ranks_low - ranks == 1):
-                    at, answer = _only(near_ptr, near_held, at, end, DROP, LIST_DEPTH, LANES)
+                    at, answer = _only(near_ptr, near_held, at, end, DROP, LANES)
 
                 # the target lies among the ids whose image is `at`
                 one = _mass(_number(at, DROP), top, rate, ONE)[1]
@@ -527,9 +533,9 @@ def sample_kernel(
                 elif (fits == 0) | (ranks_low - ranks > 1):
                     n = (target - heavier - 1) // one
                     if fits != 0:
-                        answer = _nth_listed(near_ptr, near_held, num_ids, at, n, DROP, LIST_PIVOTS, LIST_DEPTH, LANES)
+                        answer = _nth_listed(near_ptr, near_held, num_ids, at, n, DROP, LIST_PIVOTS, LANES)
                     else:
                         answer = _nth(row, num_ids, at, n, DROP, DEPTH * LANES)
                         passes += 1
-    tl.store(out_ptr + number, answer)
-    tl.store(passes_ptr + number, passes)
+        tl.store(out_ptr + number, answer)
+        tl.store(passes_ptr + number, passes)

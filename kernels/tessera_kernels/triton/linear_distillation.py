@@ -7,21 +7,25 @@
 
     mode "chunked", 2 X V (3 D + F) operations       mode "no_logits" (forward and reverse KL), 2 X V (4 D + 2 F)
     +--------------- V ---------------+              +-- V --+-------+
-    | student logit_rows, float32     | cuBLAS       |   X   | tile  |   1. both logits of a tile, online sums [X]
-    | teacher logit_rows, float32     | cuBLAS       |       |       |   2. both again, loss, slopes, both products:
-    | one program a row: sums, slopes | -> bf16      +-------+-------+      d head of the tile is finished at once
+    | student logit_rows, float32     | own          |   X   | tile  |   1. both logits of a tile, online sums [X]
+    | teacher logit_rows, float32     | product      |       |       |   2. both again, loss, slopes, both products:
+    | and the sums of each tile       |              +-------+-------+      d head of the tile is finished at once
+    | one program a row: slopes       | -> bf16
     +---------------------------------+
 
-    HBM        float32 logits of both models and slopes (the input dtype) of one chunk; of a tile over the student's
+    HBM        float32 logits of both models and slopes (the input dtype) of one chunk; of a tile over the student's;
+               24 bytes a row and tile of sums
     registers  one tile of both rows; maxima and sums
     shared     what the loop prefetches; the reduction across warps
 
-The row's walks change direction, so that each begins with what L2 still holds. The conventions, and the care for digits
-near convergence (no difference of two logarithms or two probabilities), are those of `tessera_torch.distil.losses`; the
-mixture of JSD and skew takes part in the gradient. "no_logits" is refused for JSD and skew: their slopes need sums that
-need both normalizers, which would be a third time all logits. A label's logit is a dot product of its own, as in
-`linear_cross_entropy`; in the divergence, what tensor cores cut off both models' logits leaves in their difference what
-it leaves in one of them near 0. Reference: `tessera_kernels.reference.linear_distillation`.
+The product's epilogue takes each tile's softmax sums (`_logit_tiles`): forward KL then walks a row once, the others twice.
+What TMA does not read (float32, odd strides, Ampere) and small calls take the library's product, and the row kernel one
+walk more for the sums; so do no-logits tiles. Walks change direction, so that each begins with what L2 still holds. The
+conventions, and the care for digits near convergence (no difference of two logarithms or two probabilities), are those of
+`tessera_torch.distil.losses`; the mixture of JSD and skew takes part in the gradient. "no_logits" is refused for JSD and
+skew: their slopes need sums that need both normalizers, which would be a third time all logits. A label's logit is a dot
+product of its own, as in `linear_cross_entropy`; in the divergence, what tensor cores cut off both models' logits leaves
+in their difference what it leaves in one of them near 0. Reference: `tessera_kernels.reference.linear_distillation`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -34,6 +38,7 @@ from torch import Tensor
 
 from tessera_kernels.checks import expect_between, expect_choice, expect_same_device, expect_triton_device
 from tessera_kernels.triton import _divergence_rows as kernels
+from tessera_kernels.triton import _logit_tiles as tiles
 from tessera_kernels.triton._divergence_series import DIVERGENCES, coefficients
 from tessera_kernels.triton._label_logits import label_logits
 from tessera_kernels.triton._launch import graph_op, on_device
@@ -67,14 +72,16 @@ STATE_BYTES = 40
 """What a row takes beside its tile: label's logit, loss, and the eight sums that pass from tile to tile."""
 
 CONFIGS: tuple[LossConfig, ...] = (
-    LossConfig(block=4096, num_warps=16, stages=2),
-    LossConfig(block=4096, num_warps=16, stages=1),
-    LossConfig(block=8192, num_warps=32, stages=1),
-    LossConfig(block=4096, num_warps=8, stages=1),
-    LossConfig(block=2048, num_warps=8, stages=1),
-    LossConfig(block=2048, num_warps=8, stages=3),
+    LossConfig(block=4096, num_warps=16, stages=2, product=2),
+    LossConfig(block=4096, num_warps=16, stages=1, product=2),
+    LossConfig(block=4096, num_warps=8, stages=1, product=2),
+    LossConfig(block=2048, num_warps=8, stages=1, product=2),
+    LossConfig(block=2048, num_warps=8, stages=3, product=2),
+    LossConfig(block=4096, num_warps=16, stages=2, product=1),
+    LossConfig(block=4096, num_warps=16, stages=1, product=1),
+    LossConfig(block=8192, num_warps=32, stages=1, product=1),
 )
-"""Shapes of the row kernel that the GPU lane runs and the sweep times."""
+"""Shapes of the row kernel behind either product, that the GPU lane runs and the sweep times."""
 
 
 def choose_config(columns: int, walks: int = 2) -> LossConfig:
@@ -268,20 +275,38 @@ def _in_chunks(
     rows, logit_rows = cut.rows or plan.rows, cut.logit_rows or plan.logit_rows
     splits = cut.hidden_splits or choose_splits(min(rows, num_rows), width, vocab)
     padded, shape = padded_columns(vocab), _shape(cut, vocab, _walks(DIVERGENCES[options["KIND"]]))
+    lift = _lift(DIVERGENCES[options["KIND"]], numbers[2])
     logits = torch.empty(2, min(logit_rows, num_rows), padded, dtype=torch.float32, device=hidden.device)
     slopes = hidden.new_empty(min(rows, num_rows) if write else 1, padded)
+    summed = _wants_sums(cut, hidden, head) and tiles.reads(*student, *teacher)
+    blocks, partials = triton.cdiv(vocab, tiles.BLOCK_V), losses
     for chunk in pieces(num_rows, rows):
         states = hidden[chunk]
         for part in pieces(len(states), logit_rows):
             count, place = part.stop - part.start, chunk.start + part.start
-            product(states[part], head.T, logits[0, :count, :vocab])
-            product(teacher[0][place : place + count], teacher[1].T, logits[1, :count, :vocab])
+            models = (states[part], head), (teacher[0][place : place + count], teacher[1])
+            if summed:
+                partials = tiles.multiply_both(*models, logits[:, :count], labels[place:], numbers[1], options["HARD"])
+            else:
+                _both_logits(*models, logits[:, :count], slice(0, vocab))
+            to = slopes[part] if write else slopes
             kernels.row_kernel[(count,)](
-                logits[0], logits[1], slopes[part] if write else slopes, labels[place:], exact[place:], losses[place:], unit,
-                vocab, padded, *numbers, WRITE=write, **shape, **options,
+                logits[0], logits[1], to, to if to.dtype == torch.float32 else to.view(torch.float16), labels[place:],
+                exact[place:], losses[place:], unit, partials, blocks, count, vocab, padded, lift, *numbers, WRITE=write,
+                TILES=triton.next_power_of_2(blocks) * summed, **shape, **options,
             )  # fmt: skip
         if write:
             sums.add_rows(slopes[: len(states), :vocab], states, chunk, splits)
+
+
+def _lift(kind: str, weight: float) -> float:
+    """Return what slopes over q are multiplied by to make good use of float16; those of skew KL go to (1 - alpha) / alpha."""
+    return min(16.0, 65504.0 * weight) if kind == "skew_kl" else 16.0
+
+
+def _wants_sums(cut: LossConfig, hidden: Tensor, head: Tensor) -> bool:
+    """Was the product with sums in its epilogue asked for, or has it whole tiles (of 128 rows by 256 ids) to do?"""
+    return cut.product == 2 or (cut.product == 0 and len(hidden) >= 64 and len(head) >= 1024)
 
 
 def _in_tiles(

@@ -5,7 +5,7 @@
 The weight is the wide operand: a tile of it is BLOCK_F outputs x 128 inputs, rows of x stand beside it.
 
               BLOCK_X rows of x                 HBM        codes, contiguous 64 or 128 bytes an output and tile; x; y
-             +--+                               shared     STAGES tiles of codes and of x in flight
+             +--+                               shared     STAGES turns of codes and of x in flight
              |  | 128 inputs a step             registers  codes -> numbers (`_unpack`), accumulator
              +--+
     +-------++--+  y^T tile: BLOCK_F x BLOCK_X. "tile" configurations: W x^T through the tensor cores, W from registers
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tessera_kernels.checks import (
     expect_between,
@@ -39,7 +40,7 @@ from tessera_kernels.checks import (
     expect_triton_device,
     is_interpreting,
 )
-from tessera_kernels.quant_weight import TILE, QuantWeight, quantize_w4, quantize_w8
+from tessera_kernels.quant_weight import HALF, TILE, QuantWeight, quantize_w4, quantize_w8
 from tessera_kernels.triton._launch import FLOATS, SHARED_BYTES, as_rows, graph_op, on_device
 from tessera_kernels.triton._quant_kernels import (
     CHANNEL,
@@ -76,7 +77,8 @@ class Config:
     wide: bool = True  # W x^T with W from registers; False: x W^T
     splits: int = 1  # programs among which the inputs of one output are divided
     num_warps: int = 4
-    num_stages: int = 4  # tiles in flight
+    num_stages: int = 4  # turns in flight
+    per_turn: int = 1  # tiles of one turn of the loop, which has one pair of barriers
 
     def __post_init__(self) -> None:
         expect_choice("kind", self.kind, KINDS)
@@ -89,21 +91,29 @@ class Config:
 
 KINDS = ("tile", "vector", "dequantize")
 
-_FEW = Config("tile", 64, 16, False, 1, 4, 5)
+_FEW = {8: Config("tile", 64, 16, True, 1, 4, 5), 4: Config("tile", 64, 16, True, 1, 4, 3, 2)}
+"""Up to 16 rows, by bits. Four programs a multiprocessor; 4 bits want fewer instructions, so two tiles share barriers."""
+
 _SOME = (Config("tile", 64, 32, True, 1, 4, 3), Config("tile", 128, 64, True, 1, 8, 3))
-_MANY = (Config("tile", 128, 128, True, 1, 8, 3), Config("tile", 256, 128, True, 1, 8, 3))
+_MANY = Config("tile", 128, 128, True, 1, 4, 2)
+"""Four warps and two programs a multiprocessor: one unpacks while the other's products run. Weights that are unpacked for
+the next turn of the same program would pass through shared memory (they lose the layout of an operand of wgmma)."""
+
 _FLOAT32 = Config("vector", 32, 1, True, 1, 4, 6)
 SPLITS = (1, 2, 4, 8)
 
 CONFIGS: tuple[Config, ...] = (
-    *(replace(config, splits=splits) for config in (_FEW, *_SOME, *_MANY) for splits in SPLITS),
-    *(Config("tile", 128, 16, False, splits, 4, 4) for splits in SPLITS),
-    *(Config("tile", 128, 16, False, splits, 8, 4) for splits in SPLITS),
+    *(replace(config, splits=splits) for config in (*_FEW.values(), *_SOME, _MANY) for splits in SPLITS),
+    *(Config("tile", 64, 16, False, splits, 4, 3, 2) for splits in (1, 4)),
+    *(Config("tile", 64, 16, False, splits, 4, 5) for splits in (1, 2, 4)),
+    *(Config("tile", 128, 16, wide, splits, 4, 4) for wide in (True, False) for splits in (2, 4, 8)),
+    *(Config("tile", 128, 16, True, splits, 8, 3, 2) for splits in (1, 4)),
+    *(Config("tile", 64, 32, True, splits, 4, 3, 2) for splits in (1, 4)),
     *(Config("tile", 128, 64, True, splits, 4, 3) for splits in (2, 4)),
-    *(Config("tile", 64, 64, True, splits, 4, 3) for splits in (2, 4)),
-    *(Config("tile", 64, 128, True, splits, 4, 3) for splits in (1, 2)),
+    *(Config("tile", 64, 128, True, splits, 4, 2) for splits in (1, 2)),
+    *(Config("tile", 128, 128, True, splits, 8, 3) for splits in (1, 2)),
+    *(Config("tile", 256, 128, True, splits, 8, 3) for splits in (1, 2)),
     *(Config("tile", 128, 256, True, splits, 8, 3) for splits in (1, 2)),
-    Config("tile", 128, 128, True, 1, 8, 4),
     replace(_FLOAT32, splits=2),
     _FLOAT32,
     Config("dequantize"),
@@ -117,16 +127,18 @@ def choose_config(rows: int, num_outputs: int, width: int, bits: int, *, is_floa
         return Config("dequantize")
     if is_float32:
         return _FLOAT32
+    if rows <= _FEW[bits].block_x:
+        return _split(_FEW[bits], num_outputs, width, rows, 4)
     for most_rows, config, programs_per_sm in _BY_ROWS:
         if rows <= most_rows:
             return _split(config, num_outputs, width, rows, programs_per_sm)
-    return _split(_MANY[1], num_outputs, width, rows, 1)
+    return _split(_MANY, num_outputs, width, rows, 2)
 
 
-_BY_ROWS = ((16, _FEW, 4), (32, _SOME[0], 4), (64, _SOME[1], 2), (128, _MANY[0], 1))
+_BY_ROWS = ((32, _SOME[0], 4), (64, _SOME[1], 2))
 """Up to so many rows, this tile, of which one multiprocessor holds so many."""
 
-DEQUANTIZE_ROWS = {8: 1024, 4: 1024}
+DEQUANTIZE_ROWS = {8: 2048, 4: 2048}
 """From so many rows on, the product is long enough to hide writing the whole weight out once."""
 
 FLOAT32_ROWS = 5
@@ -151,6 +163,7 @@ def _expect_fit(config: Config, x_XD: Tensor, bits: int) -> None:
         )
     held = config.block_x * TILE * x_XD.element_size() * config.num_stages
     held += config.block_f * (TILE * bits // 8 + 8) * (config.num_stages - 1)
+    held *= config.per_turn
     expect_between("bytes of tiles in flight", held, 0, SHARED_BYTES, "that is the shared memory of one program")
 
 
@@ -219,8 +232,8 @@ def _empty_product(x_XD: Tensor, codes: Tensor, steps: Tensor, bits: int, group:
 @graph_op("quant_matmul", fake=_empty_product)
 def _launch(x_XD: Tensor, codes: Tensor, steps: Tensor, bits: int, group: int,
             settings: Sequence[int]) -> Tensor:  # fmt: skip
-    kind, block_f, block_x, wide, splits, num_warps, num_stages = settings
-    config = Config(KINDS[kind], block_f, block_x, bool(wide), splits, num_warps, num_stages)
+    kind, block_f, block_x, wide, splits, num_warps, num_stages, per_turn = settings
+    config = Config(KINDS[kind], block_f, block_x, bool(wide), splits, num_warps, num_stages, per_turn)
     out_XF = x_XD.new_empty((*x_XD.shape[:-1], codes.shape[1]))
     if out_XF.numel() == 0:
         return out_XF
@@ -245,14 +258,24 @@ def _launch(x_XD: Tensor, codes: Tensor, steps: Tensor, bits: int, group: int,
             vector_kernel[blocks_f, splits, rows](*shared, x.stride(0), **options)
         else:
             options |= {"BLOCK_X": block_x, "WIDE": bool(wide), "EVEN": width % TILE == 0}
-            options |= {"LIFT": is_interpreting(), "GROUP_X": GROUP_X}
-            tile_kernel[blocks_f * triton.cdiv(rows, block_x), splits](*shared, x.stride(0), **options)
+            whole = bool(wide) and config.late and group % TILE == 0 and block_f <= 16 * num_warps  # registers allow it
+            tma = bool(wide) and block_x >= 64 and _fits_descriptor(x)  # for few rows it costs more than it saves
+            options |= {"LIFT": is_interpreting(), "GROUP_X": GROUP_X, "PER_TURN": per_turn}
+            options |= {"WHOLE": whole, "X_TMA": tma}
+            x_tiles = TensorDescriptor.from_tensor(x, [block_x, TILE if whole else HALF]) if tma else x
+            tile_kernel[blocks_f * triton.cdiv(rows, block_x), splits](*shared, x.stride(0), x_tiles, **options)
         if splits > 1:
             add_splits_kernel[(triton.cdiv(rows * outputs, 512),)](
                 parts, out_XF, rows * outputs, SPLITS=splits, BLOCK=512, EARLY_ADD=early_add,
                 **({"launch_pdl": True} if early_add else {}),
             )  # fmt: skip
     return out_XF
+
+
+def _fits_descriptor(x: Tensor) -> bool:
+    """Can the copy engine read x? Rows without overlap, addresses and strides in multiples of 16 bytes."""
+    packed = x.element_size() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return packed and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
 
 
 def _empty_weight(codes: Tensor, steps: Tensor, bits: int, group: int, width: int,

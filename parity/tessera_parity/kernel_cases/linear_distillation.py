@@ -1,7 +1,7 @@
 """Cases of the linear distillation loss: divergences, temperatures, near and far teachers of another width, label mix."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,10 @@ from tessera_parity.loading import Patch
 
 ROWS = "tessera_kernels/triton/_divergence_rows.py"
 SERIES = "tessera_kernels/triton/_divergence_series.py"
+TILES = "tessera_kernels/triton/_logit_tiles.py"
 SMALL_BLOCKS = LossConfig(block=32, num_warps=1, stages=1)
+TILED = LossConfig(block=32, num_warps=1, stages=1, product=2)
+"""The product with sums in its epilogue, where the widths are multiples of 8 and the dtype is half a float32."""
 NEAR = 1e-2
 
 
@@ -73,7 +76,7 @@ def _cases(gpu: bool) -> SearchStrategy[Case]:
         seed=seeds(),
         rows=sizes(tile=128 if gpu else 8, most=500 if gpu else 16, least=0),
         width=sizes(tile=64 if gpu else 16, most=200 if gpu else 40),
-        wider=st.sampled_from([0, 5, 32]),
+        wider=st.sampled_from([0, 5, 32, 8]),
         vocab=sizes(tile=2048 if gpu else 64, most=5000 if gpu else 200),
         near=st.booleans(),
         divergence=st.sampled_from(DIVERGENCES),
@@ -87,7 +90,7 @@ def _cases(gpu: bool) -> SearchStrategy[Case]:
         mode=st.sampled_from(MODES),
         padding=st.sampled_from([0, 7]),
         frozen=st.sampled_from(["", "", "student", "head"]),
-        config=st.none() if gpu else st.sampled_from([None, SMALL_BLOCKS]),
+        config=st.none() if gpu else st.sampled_from([None, SMALL_BLOCKS, TILED]),
     )
 
 
@@ -179,6 +182,7 @@ def _magnitudes(case: Case, given: Tensors) -> dict[str, float]:
     return found
 
 
+_SUMMED = Case(dtype="bfloat16", wider=8, rows=9, vocab=597, config=TILED)
 _NEAR_BF16 = Case(dtype="bfloat16", near=True, rows=5, vocab=70, config=SMALL_BLOCKS, ignored=0.0)
 
 
@@ -208,20 +212,35 @@ OP = KernelOp(
         Case(rows=0),
         Case(rows=1, vocab=1, width=1, wider=0, ignored=0.0),
         Case(rows=200, vocab=5003, width=64, dtype="bfloat16", chunk_rows=64, divergence="generalized_jsd", near=True),
+        _SUMMED,
+        replace(_SUMMED, divergence="generalized_jsd", chunk_rows=3, near=True),
+        replace(_SUMMED, divergence="reverse_kl", near=True, wider=0, accumulate="head"),
+        replace(_SUMMED, divergence="skew_kl", label_weight=0.3, z_loss=1e-2, temperature=0.7, padding=7, weight=1e-6),
+        replace(_SUMMED, divergence="skew_reverse_kl", dtype="float16", temperature=2.5, label_weight=1.0, frozen="student"),
+        replace(_SUMMED, divergence="forward_kl", near=True, label_weight=0.3, vocab=1024, rows=130, layout="sliced"),
     ),
     bug_cases=(
         Case(divergence="generalized_jsd", rows=3, vocab=70, config=SMALL_BLOCKS, ignored=0.0),
         Case(divergence="skew_kl", seed=5, rows=6, vocab=70, temperature=2.5, label_weight=0.3, config=SMALL_BLOCKS, ignored=0.0),
         Case(divergence="reverse_kl", rows=3, vocab=130, mode="no_logits", chunk_rows=1, config=SMALL_BLOCKS, ignored=0.0),
         _NEAR_BF16,
+        replace(_SUMMED, divergence="generalized_jsd", temperature=2.5, label_weight=0.3, ignored=0.0),
+        replace(_SUMMED, vocab=5, label_weight=1.0, ignored=0.0),
     ),
     bugs=(
         _bug(ROWS, "* moves + change * masses", "* moves"),  # missing rescale
         _bug(ROWS, "masses = s_fall * masses\n", "masses = masses\n"),
-        _bug(ROWS, "slope = soft_scale * (slope - q * slope_sum)", "slope = soft_scale * slope"),
+        _bug(ROWS, "else q * (slope - slope_sum))", "else q * slope)"),
         _bug(ROWS, "mask=columns < padded, other=0.0), LOWEST)", "mask=columns < padded, other=0.0), 0.0)"),
-        _bug(ROWS, "scale * soft_weight * inv_tau, scale * label_weight, z_loss, inv_tau, weight,\n                f2",
-              "scale * soft_weight, scale * label_weight, z_loss, inv_tau, weight,\n                f2"),  # dropped scale
+        _bug(ROWS, "scale * soft_weight * inv_tau, scale * label_weight, z_loss, inv_tau, HARD",
+              "scale * soft_weight, scale * label_weight, z_loss, inv_tau, HARD"),  # dropped scale
+        _bug(ROWS, "return term, q * kept.to(tl.float32)", "return term, q * slope"),
+        _bug(ROWS, "kept.to(tl.float32) * per_ratio - offset", "kept.to(tl.float32) * per_ratio"),
+        _bug(ROWS, "exp((tops - top) * inv_tau) * tl.load(", "exp(tops - top) * tl.load("),
+        _bug(ROWS, "rest = tl.sum(fall * tl.load(", "rest = tl.sum(tl.load("),
+        _bug(TILES, "cold = tl.where(ids == own, 0.0, exp(below) if COLD else e)", "cold = exp(below) if COLD else e"),
+        _bug(TILES, "total = tl.where(tl.arange(0, BLOCK_V)[None, :] < left, total, LOWEST)", "pass"),
+        _bug(TILES, "logits.store([row, column + quarter], b)", "logits.store([row, column], b)"),
         _bug(ROWS, "loss += share if first_id == 0 else soft_weight * divergence", "loss = share"),  # lost tiles
         _bug(ROWS, "means = s_fall * (means + tl.where(masses == 0.0, 0.0, turn * masses))", "means = s_fall * means"),
         _bug(SERIES, "return _sum((weight, teacher), (weight - 1.0, mixture)), _sum((weight - 1.0, mixture))",

@@ -115,6 +115,7 @@ def _bug(find: str, replace: str) -> Patch:
 
 BUGS = (
     _bug("seen = seen & (column < width)", "seen = seen & (column <= width)"),
+    _bug("x_tiles.load([first_r, first_k])", "x_tiles.load([0, first_k])"),
     _bug("        acc *= whole[:, None] if WIDE else whole[None, :]\n", "        acc *= 1.0\n"),
     _bug("for split in tl.static_range(1, SPLITS):", "for split in tl.static_range(2, SPLITS):"),
     _bug("word & 0xFFFF", "word & 0x7"),
@@ -131,6 +132,7 @@ BUGS = (
 
 _NARROW = kernel.Config("tile", 64, 16, False, 2, 4, 5)
 _WIDE = kernel.Config("tile", 128, 64, True, 1, 8, 3)
+_TWO_A_TURN = kernel.Config("tile", 64, 16, True, 2, 4, 3, 2)
 _VECTOR = kernel.Config("vector", 32, 1, True, 2, 4, 6)
 
 EXAMPLES = (
@@ -140,6 +142,8 @@ EXAMPLES = (
     Case(rows=17, outputs=33, width=199, format="w8", config=_NARROW),
     Case(rows=5, outputs=70, width=300, format="w4g64", layout="transposed", config=_NARROW),
     Case(rows=5, outputs=70, width=320, format="w4g64", values="mixed", config=_WIDE),
+    Case(rows=66, outputs=37, width=200, format="w8g128", config=_WIDE),
+    Case(rows=3, outputs=66, width=700, format="w4g128", config=_TWO_A_TURN),
     Case(rows=2, outputs=37, width=256, format="w8g64", layout="offset1", config=_VECTOR),
     Case(rows=7, outputs=37, width=257, format="w8g192", dtype="float16", layout="sliced", config=_WIDE),
     Case(rows=4, outputs=31, width=131, format="w4g128 symmetric", dtype="float32", values="ties"),
