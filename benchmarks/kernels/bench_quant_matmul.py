@@ -101,20 +101,19 @@ def _int4pack(x: torch.Tensor, packed: QuantWeight) -> Callable[[], Any]:
 
 _tile = functools.partial(kernel.Config, "tile")
 _FEW = (
-    _tile(128, 16, True, 8, 4, 4), _tile(64, 16, True, 4, 4, 3, 2), _tile(64, 16, True, 4, 4, 5), _tile(128, 16, False, 8, 4, 4),
-    _tile(64, 16, False, 4, 4, 3, 2), _tile(128, 16, True, 4, 8, 3, 2), _tile(128, 16, True, 4, 4, 4),
-    _tile(64, 16, False, 4, 4, 5),
+    _tile(128, 16, True, 8, 4, 4), _tile(128, 16, True, 4, 4, 4), _tile(64, 16, True, 4, 4, 3, 2), _tile(64, 16, True, 4, 4, 5),
+    _tile(128, 16, False, 4, 4, 4), _tile(64, 16, False, 4, 4, 5),
 )  # fmt: skip
 CANDIDATES: dict[int, tuple[kernel.Config, ...]] = {
     1: _FEW,
     16: _FEW,
-    32: (_tile(64, 32, True, 4, 4, 3, 2),),
-    64: (_tile(128, 64, True, 2, 8, 3), _tile(128, 64, True, 4, 4, 3)),
-    128: (_tile(128, 128, True, 2, 8, 3), _tile(64, 128, True, 2, 4, 2), _tile(128, 128, True, 2, 4, 2)),
-    256: (_tile(256, 128, True, 2, 8, 3), _tile(128, 256, True, 2, 8, 3), _tile(128, 128, True, 1, 8, 3)),
-    512: (_tile(256, 128, True, 1, 8, 3), _tile(128, 256, True, 1, 8, 3)),
-    1024: (kernel.Config("dequantize"), _tile(256, 128, True, 1, 8, 3), _tile(128, 256, True, 1, 8, 3)),
-    2048: (_tile(128, 128, True, 1, 4, 2),),
+    32: (_tile(64, 32, True, 2, 4, 3),),
+    64: (_tile(128, 64, True, 2, 4, 3),),
+    128: (_tile(128, 128, True, 4, 4, 2),),
+    256: (_tile(256, 128, True, 2, 8, 3), _tile(128, 128, True, 1, 8, 3)),
+    512: (_tile(256, 128, True, 1, 8, 3), _tile(128, 128, True, 1, 4, 2)),
+    1024: (kernel.Config("dequantize"), _tile(128, 256, True, 1, 8, 3)),
+    2048: (_tile(128, 256, True, 1, 8, 3),),
 }
 """Rows -> what is tried beside what is chosen, most promising first."""
 

@@ -109,7 +109,7 @@ FORWARD: tuple[ForwardConfig, ...] = (
     ForwardConfig(128, 64, 4, 3, 1, 1),  # width 64: two programs of four warps
     ForwardConfig(256, 64, 8, 3, 1, 1),
     ForwardConfig(64, 128, 4, 2, 0, 1),  # width 64: three programs
-    ForwardConfig(64, 128, 4, 2, 1, 1),
+    ForwardConfig(64, 128, 4, 1, 0, 1),  # width 128: two programs
     ForwardConfig(64, 64, 4, 3, 1, 1),
     ForwardConfig(128, 32, 4, 3, 0, 1),
     ForwardConfig(128, 32, 8, 3, 0, 1),  # width 128: two programs of eight warps
@@ -178,7 +178,7 @@ def choose_config(width: int, dtype: torch.dtype) -> AttentionConfig:
     keys = KeyConfig(64, 64, 4, 2, 1, 0, 1, 1)
     if width <= 64:
         return AttentionConfig(ForwardConfig(64, 128, 4, 2, 0, 1), keys, QueryConfig(64, 64, 4, 3, 1))
-    return AttentionConfig(ForwardConfig(64, 64, 4, 3, 1, 1), keys, QueryConfig(128, 64, 8, 3, 1))
+    return AttentionConfig(ForwardConfig(64, 128, 4, 1, 0, 1), keys, QueryConfig(128, 64, 8, 3, 1))
 
 
 def expect_fitting(config: ForwardConfig | KeyConfig | QueryConfig, padded: int, itemsize: int) -> None:

@@ -177,7 +177,7 @@ def choose_config(rows: int, num_outputs: int, width: int, scaling: str, accumul
         return Config(64, 128, 4, 4)
     if scaling == "block" or accumulation == "accurate" or tiles < 132:
         return Config(128, 128, 8, 4)
-    return Config(128, 256, 8, 3, True, True, False)
+    return Config(256, 128, 8, 4, True, True, False)  # 1.12x of (128, 256, 8, 3), an H200's sweep of 2026-11-21
 
 
 def fp8_matmul(

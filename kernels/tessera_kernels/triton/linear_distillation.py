@@ -87,10 +87,11 @@ CONFIGS: tuple[LossConfig, ...] = (
 def choose_config(columns: int, walks: int = 2) -> LossConfig:
     """Return the row kernel's shape for rows of so many logits at a time. The number of rows plays no part.
 
-    A launch has about 256 rows, two for each multiprocessor: 16 warps and at most 64 registers a row let both in.
+    A launch has about 256 rows, two for each multiprocessor: 8 or 16 warps and at most 64 registers a row let both in.
     """
-    block = min(4096, max(16, triton.next_power_of_2(columns)))
-    return LossConfig(block=block, num_warps=max(1, min(16, block // 256)), stages=2 if walks == 3 else 1)
+    most = 2048 if walks == 3 else 4096
+    block = min(most, max(16, triton.next_power_of_2(columns)))
+    return LossConfig(block=block, num_warps=max(1, block // 256), stages=3 if walks == 3 else 1)
 
 
 def linear_distillation(
