@@ -69,7 +69,7 @@ def _row(name: str, weight_FD: torch.Tensor, packed: QuantWeight, count: int) ->
         bytes_moved=packed.num_bytes + 2.0 * count * (width + outputs),
         limit="copy" if count <= MANY[1] else "cublas",
         must=MUST[packed.bits][0 if is_few else 1],
-        notes=f"cold L2; {kernel.choose_config(count, outputs, width, packed.bits)}",
+        notes=f"cold L2; {kernel.choose_config(count, outputs, width, packed.bits, is_grouped=packed.group is not None)}",
     )
 
 
@@ -126,7 +126,7 @@ def sweeps() -> Iterator[Sweep]:
         packed = FORMATS[name](weight_FD)
         for count in harness.choose(tuple(CANDIDATES), (1,)):
             x = torch.randn(count, width, device=harness.device()).to(torch.bfloat16)
-            chosen = kernel.choose_config(count, outputs, width, packed.bits)
+            chosen = kernel.choose_config(count, outputs, width, packed.bits, is_grouped=packed.group is not None)
             yield Sweep(
                 part=name,
                 key=f"{count} rows",

@@ -122,12 +122,14 @@ CONFIGS: tuple[Config, ...] = (
 """Every configuration that `choose_config` can give, and those it was chosen from."""
 
 
-def choose_config(rows: int, num_outputs: int, width: int, bits: int, *, is_float32: bool = False) -> Config:
+def choose_config(
+    rows: int, num_outputs: int, width: int, bits: int, *, is_grouped: bool = False, is_float32: bool = False
+) -> Config:
     """Return the configuration for a shape: a pure function, so that graphs and repeats see the same kernel.
 
     By the sweeps on an H200 of 2026-11-21 at 8192 x 8192.
     """
-    if rows >= (FLOAT32_ROWS if is_float32 else DEQUANTIZE_ROWS[bits]):
+    if rows >= (FLOAT32_ROWS if is_float32 else DEQUANTIZE_ROWS[4 if is_grouped else bits]):
         return Config("dequantize")
     if is_float32:
         return _FLOAT32
@@ -142,7 +144,7 @@ def choose_config(rows: int, num_outputs: int, width: int, bits: int, *, is_floa
 
 
 DEQUANTIZE_ROWS = {8: 2048, 4: 1024}
-"""From so many rows on, the product is long enough to hide writing the whole weight out once."""
+"""From so many rows on, the product is long enough to hide writing the whole weight out once; with scales of groups as 4 bits."""
 
 FLOAT32_ROWS = 5
 """The same for float32 x, whose products run on the ordinary lanes: right, not fast."""
@@ -193,6 +195,7 @@ def quant_matmul(x_XD: Tensor, weight: QuantWeight, *, config: Config | None = N
         weight.num_outputs,
         weight.width,
         weight.bits,
+        is_grouped=weight.group is not None,
         is_float32=x_XD.dtype == torch.float32,
     )
     _expect_fit(chosen, x_XD, weight.bits)
