@@ -1,24 +1,33 @@
-"""The Triton kernels of `sample`; the equation, the picture and the launch are there.
-
-Numbers are put in order as signed integers (`_image`), and masses are integers too: a probability relative to the largest is
-rounded once, down to a multiple of 1 / ONE, and every sum of them is exact. So the mass above a threshold does not depend on
-how it was added up, brackets found in one pass hold in the next, and a search can neither stall nor miss. Where to look is
-guessed from a sample in float32: a wrong guess costs a pass, and nothing else.
+"""The Triton kernel of `sample`; the equation, the picture and the launch are there.
 
 A bracket is (low, up, above_up, above_low): keys low to up, and the ranks or masses of what lies above it and of that with
-the bracket itself. The list is a grid of SLOTS x LANES: a lane, one thread, writes its hits below each other in the order of
-their ids and counts them (`held`), so that listing moves nothing between threads.
+the bracket itself (`_sample_numbers`). Where to look is guessed from a sample in float32: a wrong guess costs a pass, and
+nothing else. What lies there is listed (`_sample_lists`).
 """
 
 import triton
 import triton.language as tl
 
-_LEAST, _LOWEST, _HIGHEST = -(2**31), -2139095041, 2**31 - 1
-LEAST, LOWEST, HIGHEST = tl.constexpr(_LEAST), tl.constexpr(_LOWEST), tl.constexpr(_HIGHEST)
-"""Images: of nothing (past the end of a row), of -inf, of NaN. Those of float32, as the next one."""
-
-INFINITE = tl.constexpr(0x7F800000)
-"""Image of +inf."""
+from tessera_kernels.triton._sample_lists import (
+    MOST_SLOTS,
+    collect,
+    cut,
+    narrowed,
+    nth_listed,
+    only_entry,
+    reached_pivots,
+)
+from tessera_kernels.triton._sample_numbers import (
+    HIGHEST,
+    INFINITE,
+    LEAST,
+    LOWEST,
+    image_of,
+    mass_of,
+    number_of,
+    read_row,
+    scan,
+)
 
 STEEPEST = tl.constexpr(1e37)
 """Bound of log2(e) / temperature: an infinite one would make a NaN of the largest logit's distance from itself, 0."""
@@ -29,244 +38,8 @@ GUESSES = tl.constexpr(3)
 DEVIATIONS, SPARE = tl.constexpr(4.0), tl.constexpr(8)
 """Width of a guess on each side: standard deviations of the sampled mass, and places in the sample beyond them."""
 
-
 EACH_T, EACH_K, EACH_P, EACH_M = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
 """Bits that say which parameters are given for each row: arguments, so that one compilation serves all uses."""
-
-NOTHING = tl.constexpr(0xFF800000)
-"""An entry of the list that is -inf."""
-
-MOST_SLOTS, COUNT_BITS, COUNT = tl.constexpr(256), tl.constexpr(53), tl.constexpr(2**53)
-"""Of a lane's part of the list: so many masses up to 2^44 stay below COUNT, and so many times COUNT below 2^63."""
-
-
-@triton.jit
-def _image(x, DROP: tl.constexpr):
-    """Return int32 in the order of the numbers, none of them a NaN; -0 as 0. DROP bits are the same in all numbers of a dtype."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 = 0
-    return (bits ^ ((bits >> 31) & HIGHEST)) >> DROP
-
-
-@triton.jit
-def _number(key, DROP: tl.constexpr):
-    """Return the number of an image."""
-    whole = (key << DROP) | ((key >> 31) & ((1 << DROP) - 1))
-    return (whole ^ ((whole >> 31) & HIGHEST)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _mass(x, top, rate, ONE: tl.constexpr):
-    """Return e^((x - top) / temperature) as a float32 and, rounded down, as an integer multiple of 1 / ONE."""
-    weight = tl.exp2((x - top) * rate)
-    return weight, (weight * ONE).to(tl.int64)
-
-
-@triton.jit
-def _read(row, places, length):
-    """Return logits as float32, -inf past the end."""
-    return tl.load(row + places, mask=places < length, other=float("-inf")).to(tl.float32)
-
-
-@triton.jit
-def _better(x, places, length, best, first, DROP: tl.constexpr):
-    key = tl.where(x != x, HIGHEST, _image(x, DROP))
-    better = (key > best) & (places < length)
-    return tl.where(better, key, best), tl.where(better, places, first)
-
-
-@triton.jit
-def _entry(x, place):
-    """Return an entry of the list: an id above the bits of its number."""
-    return (place.to(tl.int64) << 32) | x.to(tl.uint32, bitcast=True).to(tl.int64)
-
-
-@triton.jit
-def _entry_number(entry):
-    return entry.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _entry_id(entry):
-    return (entry >> 32).to(tl.int32)
-
-
-@triton.jit
-def _scan(row, length, DROP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr):
-    """First pass: (largest image, lowest id that has it, least of the LANES lanes' largest images).
-
-    At least min(LANES, length) images are not smaller than the last. Tiles are read one ahead; only what is
-    left after whole tiles is read under a mask.
-    """
-    TILE: tl.constexpr = DEPTH * LANES
-    grid = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    best = tl.full([DEPTH, LANES], LEAST, tl.int32)
-    first = tl.zeros([DEPTH, LANES], tl.int32)
-    whole = length // TILE * TILE
-    if whole > 0:
-        x = tl.load(row + grid).to(tl.float32)
-        for start in range(0, whole, TILE):
-            ahead = tl.load(row + tl.minimum(start + TILE, whole - TILE) + grid).to(tl.float32)
-            best, first = _better(x, start + grid, HIGHEST, best, first, DROP)
-            x = ahead
-    if whole < length:
-        best, first = _better(_read(row, whole + grid, length), whole + grid, length, best, first, DROP)
-    lanes = tl.max(best, 0)
-    top = tl.max(lanes, 0)
-    at = tl.min(tl.min(tl.where(best == top, first, HIGHEST), 0), 0)
-    return top, at, tl.maximum(tl.min(lanes, 0), LOWEST >> DROP)
-
-
-@triton.jit
-def _append(
-    row, start, length, least, most, top, rate, min_p, list_ptr, held, above, heavier, reached, total, likely,
-    TAIL: tl.constexpr, ONE: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """Take DEPTH numbers of each lane into the list and the sums. All are read first: none waits for a write."""
-    lane = tl.arange(0, LANES)
-    numbers = ()
-    for depth in tl.static_range(DEPTH):
-        place = start + depth * LANES + lane
-        if TAIL:  # noqa: SIM108 - decides which code is compiled
-            x = _read(row, place, length)
-        else:
-            x = tl.load(row + place).to(tl.float32)
-        numbers = numbers + (x,)  # type: ignore[assignment]  # noqa: RUF005 - no star in a kernel
-    for depth in tl.static_range(DEPTH):
-        place = start + depth * LANES + lane
-        x = numbers[depth]
-        weight, mass = _mass(x, top, rate, ONE)
-        over = x > most
-        inside = (x >= least) & (x <= most)
-        if TAIL:
-            inside = inside & (place < length)
-        keep = inside & (held < SLOTS)
-        tl.store(list_ptr + held * LANES + lane, _entry(x, place), mask=keep)
-        held += inside.to(tl.int32)
-        above += over.to(tl.int32)
-        heavier += tl.where(over, mass, 0)
-        reached += tl.where(x >= least, mass, 0)
-        total += mass
-        likely += tl.where(weight >= min_p, mass, 0)
-    return held, above, heavier, reached, total, likely
-
-
-@triton.jit
-def _collect(
-    row, length, low, up, top, rate, min_p, list_ptr,
-    DROP: tl.constexpr, ONE: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """A pass: list the numbers whose images are low to up, and their ids, as far as each lane has room.
-
-    Return (how many each lane met, rank and mass above `up`, the mass of what is at least `low`, the mass of the row, the mass
-    of what min-p keeps).
-    """
-    tl.debug_barrier()  # the list before this one has been read
-    TILE: tl.constexpr = DEPTH * LANES
-    least = _number(low, DROP)
-    most = _number(up, DROP)
-    held = tl.zeros([LANES], tl.int32)
-    above = tl.zeros([LANES], tl.int32)
-    heavier = tl.zeros([LANES], tl.int64)
-    reached = tl.zeros([LANES], tl.int64)
-    total = tl.zeros([LANES], tl.int64)
-    likely = tl.zeros([LANES], tl.int64)
-    whole = length // TILE * TILE
-    for start in range(0, whole, TILE):
-        held, above, heavier, reached, total, likely = _append(
-            row, start, length, least, most, top, rate, min_p, list_ptr, held, above, heavier, reached, total, likely,
-            False, ONE, DEPTH, LANES, SLOTS,
-        )  # fmt: skip
-    for start in range(whole, length, LANES):
-        held, above, heavier, reached, total, likely = _append(
-            row, start, length, least, most, top, rate, min_p, list_ptr, held, above, heavier, reached, total, likely,
-            True, ONE, 1, LANES, SLOTS,
-        )  # fmt: skip
-    tl.debug_barrier()
-    return (
-        held, tl.sum(above, 0).to(tl.int64), tl.sum(heavier, 0), tl.sum(reached, 0), tl.sum(total, 0), tl.sum(likely, 0),
-    )  # fmt: skip
-
-
-@triton.jit
-def _narrowed(
-    list_ptr, narrow_ptr, held, low, up, DROP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr
-):  # fmt: skip
-    """Copy what a list has between two images to another list, or to itself; return how many each lane has there."""
-    tl.debug_barrier()
-    lane = tl.arange(0, LANES)
-    least = _number(low, DROP)
-    most = _number(up, DROP)
-    left = tl.zeros([LANES], tl.int32)
-    for start in range(0, tl.max(held, 0), DEPTH):
-        entries = ()
-        for depth in tl.static_range(DEPTH):
-            slot = start + depth
-            entries = entries + (tl.load(list_ptr + slot * LANES + lane, mask=slot < held, other=0),)  # type: ignore[assignment]  # noqa: RUF005
-        for depth in tl.static_range(DEPTH):
-            x = _entry_number(entries[depth])
-            inside = (x >= least) & (x <= most) & (start + depth < held)
-            tl.store(narrow_ptr + left * LANES + lane, entries[depth], mask=inside)
-            left += inside.to(tl.int32)
-    tl.debug_barrier()
-    return left
-
-
-@triton.jit
-def _only(list_ptr, held, low, up, DROP: tl.constexpr, LANES: tl.constexpr):
-    """Return (image, id) of the one entry of a list that has its image between these two."""
-    lane = tl.arange(0, LANES)
-    least = _number(low, DROP)
-    most = _number(up, DROP)
-    found = tl.full([LANES], -1, tl.int64)
-    for slot in range(tl.max(held, 0)):
-        entry = tl.load(list_ptr + slot * LANES + lane, mask=slot < held, other=0)
-        x = _entry_number(entry)
-        found = tl.where((x >= least) & (x <= most) & (slot < held), entry, found)
-    entry = tl.max(found, 0)
-    return _image(_entry_number(entry), DROP), _entry_id(entry)
-
-
-@triton.jit
-def _above(
-    source, held, pivots, top, rate,
-    LISTED: tl.constexpr, DROP: tl.constexpr, ONE: tl.constexpr, PIVOTS: tl.constexpr, DEPTH: tl.constexpr,
-    LANES: tl.constexpr,
-):  # fmt: skip
-    """A pass over a row or a list: how many numbers are at least each pivot, and their mass; int64 [PIVOTS] both.
-
-    Two dimensions (pivot, lane) from the start, a lane to a thread: nothing moves between threads until the end. The few
-    numbers that a lane has in a list are counted in the bits of an int64 that their mass leaves free.
-    """
-    lane = tl.arange(0, LANES)[None, :]
-    bound = held[None, :]
-    edges = _number(pivots, DROP)[:, None]
-    counts = tl.zeros([PIVOTS, LANES], tl.int32)
-    masses = tl.zeros([PIVOTS, LANES], tl.int64)
-    for start in range(0, tl.max(held, 0), DEPTH):
-        for depth in tl.static_range(DEPTH):
-            place = (start + depth) * LANES + lane
-            if LISTED:
-                x = _entry_number(tl.load(source + place, mask=start + depth < bound, other=NOTHING))
-            else:
-                x = tl.load(source + place, mask=start + depth < bound, other=float("-inf")).to(tl.float32)
-            reached = x >= edges  # never by what is past the end: pivots lie above the lower end of a bracket
-            mass = _mass(x, top, rate, ONE)[1]
-            if LISTED:
-                mass += COUNT
-            else:
-                counts += reached.to(tl.int32)
-            masses += tl.where(reached, mass, 0)
-    if LISTED:
-        counts = (masses >> COUNT_BITS).to(tl.int32)
-        masses = masses & (COUNT - 1)
-    return tl.sum(counts, 1).to(tl.int64), tl.sum(masses, 1)
-
-
-@triton.jit
-def _cut(low, up, PIVOTS: tl.constexpr):
-    """Return pivots that cut low to up evenly, low < up; the last of them is up."""
-    span = up.to(tl.int64) - low
-    return (low + (span * (tl.arange(0, PIVOTS) + 1) + PIVOTS - 1) // PIVOTS).to(tl.int32)
 
 
 @triton.jit
@@ -287,7 +60,7 @@ def _inside(target, by_rank, pivots, counts, masses, low, up, rank_up, mass_up, 
 def _sampled(row, length, DROP: tl.constexpr, SAMPLE: tl.constexpr):
     """Return SAMPLE evenly spaced images, the largest first."""
     step = tl.arange(0, SAMPLE).to(tl.int64)
-    return tl.sort(_image(_read(row, (step * length // SAMPLE).to(tl.int32), length), DROP), descending=True)
+    return tl.sort(image_of(read_row(row, (step * length // SAMPLE).to(tl.int32), length), DROP), descending=True)
 
 
 @triton.jit
@@ -301,7 +74,7 @@ def _guess(sample_ptr, by_rank, share, low, up, top, rate, room, num_ids, DROP: 
     place = tl.arange(0, SAMPLE)
     sample = tl.load(sample_ptr + place)
     known = (sample >= low) & (sample <= up)
-    weight = tl.where(by_rank, 1.0, tl.exp2((_number(sample, DROP) - top) * rate))
+    weight = tl.where(by_rank, 1.0, tl.exp2((number_of(sample, DROP) - top) * rate))
     weight = tl.where(known, weight, 0.0)
     sums = tl.cumsum(weight, 0)
     aim = share * tl.sum(weight, 0)
@@ -332,31 +105,11 @@ def _nth(row, length, key, n, DROP: tl.constexpr, TILE: tl.constexpr):
     answer = 0
     for start in range(0, length, TILE):
         places = start + tl.arange(0, TILE)
-        equal = (places < length) & (_image(_read(row, places, length), DROP) == key)
+        equal = (places < length) & (image_of(read_row(row, places, length), DROP) == key)
         hit = equal & (seen + tl.cumsum(equal.to(tl.int32), 0) - 1 == n)
         answer += tl.sum(tl.where(hit, places, 0), 0)
         seen += tl.sum(equal.to(tl.int32), 0)
     return answer
-
-
-@triton.jit
-def _nth_listed(list_ptr, held, num_ids, key, n, DROP: tl.constexpr, PIVOTS: tl.constexpr, LANES: tl.constexpr):
-    """Return the n-th id of a list, from 0, whose image is `key`: a search for the least id up to which there are n + 1."""
-    lane = tl.arange(0, LANES)[None, :]
-    bound = held[None, :]
-    low = tl.full([], -1, tl.int32)  # up to it there are not enough
-    up = num_ids - 1
-    while up - low > 1:
-        pivots = _cut(low, up, PIVOTS)
-        counts = tl.zeros([PIVOTS, LANES], tl.int32)
-        for slot in range(tl.max(held, 0)):
-            entry = tl.load(list_ptr + slot * LANES + lane, mask=slot < bound, other=0)
-            equal = (slot < bound) & (_image(_entry_number(entry), DROP) == key)
-            counts += (tl.where(equal, _entry_id(entry), HIGHEST) <= pivots[:, None]).to(tl.int32)
-        enough = tl.sum(counts, 1) > n
-        low = tl.maximum(low, tl.max(tl.where(enough, -1, pivots), 0))
-        up = tl.minimum(up, tl.min(tl.where(enough, pivots, HIGHEST), 0))
-    return up
 
 
 @triton.jit
@@ -387,7 +140,7 @@ def sample_kernel(
     """One program draws one row's id; it also says how often the row was read.
 
     The sample passes through memory: in the layout of its sort, registers of a tensor are spread as no pass wants them.
-    `_collect` and `_guess` are called in one place, for the first list as for later ones: each copy costs seconds of compiling.
+    `collect` and `_guess` are called in one place, for the first list as for later ones: each copy costs seconds of compiling.
     """
     tl.static_assert(SLOTS <= MOST_SLOTS)
     number = tl.program_id(0)
@@ -395,7 +148,7 @@ def sample_kernel(
     list_ptr += number.to(tl.int64) * (2 * SLOTS * LANES)
     known_ptr += number.to(tl.int64) * SAMPLE
     heat = _parameter(temperature_ptr, temperature, number, each & EACH_T)
-    best, first, floor = _scan(row, num_ids, DROP, SCAN_DEPTH, LANES)
+    best, first, floor = scan(row, num_ids, DROP, SCAN_DEPTH, LANES)
     tl.store(out_ptr + number, first)  # of rows that are not drawn from
     tl.store(passes_ptr + number, 1)
     if _is_drawn(heat, best, DROP):
@@ -405,7 +158,7 @@ def sample_kernel(
         share = _parameter(top_p_ptr, top_p, number, each & EACH_P).to(tl.float64)
         least = _parameter(min_p_ptr, min_p, number, each & EACH_M)
         uniform = tl.load(uniforms_ptr + number).to(tl.float64)
-        top = _number(best, DROP)
+        top = number_of(best, DROP)
         rate = tl.minimum(1.4426950408889634 / heat, STEEPEST)
         lowest = tl.full([], LOWEST >> DROP, tl.int32)
         none = tl.full([], 0, tl.int64)
@@ -415,7 +168,7 @@ def sample_kernel(
         small = limited & (first_k <= LANES)  # what is at least the floor holds that many for certain
 
         # the share of all ranks or of all mass at which the first edge seems to lie
-        weight = tl.exp2((_number(tl.load(known_ptr + tl.arange(0, SAMPLE)), DROP) - top) * rate)
+        weight = tl.exp2((number_of(tl.load(known_ptr + tl.arange(0, SAMPLE)), DROP) - top) * rate)
         chance = tl.sum(tl.where(weight >= least, weight, 0.0), 0) / tl.maximum(tl.sum(weight, 0), 1e-30)
         chance = tl.where(share < 1.0, share.to(tl.float32), chance * uniform.to(tl.float32))
         chance = tl.where(limited, first_k.to(tl.float32) / num_ids.to(tl.float32), chance)
@@ -458,9 +211,9 @@ def sample_kernel(
                 while (fits == 0) & (low < up) & ((query >= 0) | (guesses == 0)):
                     crowded = (rank_low - rank_up > room) & (num_ids > SLOTS * LANES)
                     if crowded & (guesses >= GUESSES):
-                        pivots = _cut(low, up, PIVOTS)
+                        pivots = cut(low, up, PIVOTS)
                         full = (num_ids - tl.arange(0, LANES) + LANES - 1) // LANES
-                        counts, masses = _above(
+                        counts, masses = reached_pivots(
                             row, full, pivots, top, rate, False, DROP, ONE, PIVOTS, LIST_DEPTH, LANES
                         )
                         low, up, rank_up, mass_up, rank_low, mass_low = _inside(
@@ -479,7 +232,7 @@ def sample_kernel(
                             least_key, most_key = _guess(
                                 known_ptr, by_rank, part, low, up, top, rate, room, num_ids, DROP, SAMPLE
                             )
-                        held, above, heavier, reached, total, likely = _collect(
+                        held, above, heavier, reached, total, likely = collect(
                             row, num_ids, least_key, most_key, top, rate, least, list_ptr,
                             DROP, ONE, DEPTH, LANES, SLOTS,
                         )  # fmt: skip
@@ -509,8 +262,8 @@ def sample_kernel(
                 near_rank = rank_up
                 near_mass = mass_up
                 while (at < end) & (ranks_low - ranks > 1):
-                    pivots = _cut(at, end, LIST_PIVOTS)
-                    counts, masses = _above(
+                    pivots = cut(at, end, LIST_PIVOTS)
+                    counts, masses = reached_pivots(
                         near_ptr, near_held, pivots, top, rate, True, DROP, ONE, LIST_PIVOTS, LIST_DEPTH, LANES
                     )
                     at, end, ranks, heavier, ranks_low, heavier_low = _inside(
@@ -519,13 +272,13 @@ def sample_kernel(
                     )  # fmt: skip
                     if tl.max(near_held, 0) > 2 * LIST_DEPTH:
                         narrow_ptr = list_ptr + SLOTS * LANES
-                        near_held = _narrowed(near_ptr, narrow_ptr, near_held, at, end, DROP, DEPTH, LANES)
+                        near_held = narrowed(near_ptr, narrow_ptr, near_held, at, end, DROP, DEPTH, LANES)
                         near_ptr, near_rank, near_mass = narrow_ptr, ranks, heavier
                 if (fits != 0) & (ranks_low - ranks == 1):
-                    at, answer = _only(near_ptr, near_held, at, end, DROP, LANES)
+                    at, answer = only_entry(near_ptr, near_held, at, end, DROP, LANES)
 
                 # the target lies among the ids whose image is `at`
-                one = _mass(_number(at, DROP), top, rate, ONE)[1]
+                one = mass_of(number_of(at, DROP), top, rate, ONE)[1]
                 if query == 0:
                     kept = heavier + (target - ranks) * one
                 elif query == 1:
@@ -533,7 +286,7 @@ def sample_kernel(
                 elif (fits == 0) | (ranks_low - ranks > 1):
                     n = (target - heavier - 1) // one
                     if fits != 0:
-                        answer = _nth_listed(near_ptr, near_held, num_ids, at, n, DROP, LIST_PIVOTS, LANES)
+                        answer = nth_listed(near_ptr, near_held, num_ids, at, n, DROP, LIST_PIVOTS, LANES)
                     else:
                         answer = _nth(row, num_ids, at, n, DROP, DEPTH * LANES)
                         passes += 1

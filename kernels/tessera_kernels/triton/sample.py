@@ -15,7 +15,7 @@ Each of the three edges is a selection: the first place in the order where a ran
 An edge that lies in the list there is needs no pass (with top-k up to 512 the list holds that many for certain); each other one
 takes one more, around where the sample says: 2 to 4 passes. A lane keeps its own part of the list, so that a pass moves nothing
 between threads. Where a guess fails (a row that its evenly spaced sample does not stand for, or more neighbors than the list
-holds) it is made again of what is left, then pivots cut the row itself. Sums are integers (see `_sample_kernels`): exact, in any
+holds) it is made again of what is left, then pivots cut the row itself. Sums are integers (see `_sample_numbers`): exact, in any
 order, so that a row's answer depends on nothing else. Where rounding of e^x to float32 cannot decide, ids are those of float64.
 
 A dtype is one compilation, whatever filters are on and whether a parameter is a number or a tensor. The compiler's time grows

@@ -35,7 +35,7 @@ from tessera_parity.kernel_cases.case import (
 )
 from tessera_parity.loading import Patch
 
-KERNELS = "tessera_kernels/triton/_sample_kernels"
+KERNELS, LISTS, NUMBERS = (f"tessera_kernels/triton/_sample_{part}.py" for part in ("kernels", "lists", "numbers"))
 VALUES = ("normal", "small", "large", "mixed", "extreme", "constant", "ties", "inf_rows", "nan_rows", "peaked", "zeros")
 JUST_BELOW_ONE = 1.0 - 2.0**-24
 
@@ -174,8 +174,8 @@ def _kept(weights: Numbers, sums: Numbers, first: int, top_p: float, min_p: floa
     return max(1, min(count, int((weights >= min_p * (1.0 - slack * far)).sum())))
 
 
-def _bug(find: str, replace: str) -> Patch:
-    return Patch(file=f"{KERNELS}.py", find=find, replace=replace)
+def _bug(find: str, replace: str, *, file: str = KERNELS) -> Patch:
+    return Patch(file=file, find=find, replace=replace)
 
 
 def _magnitudes(case: Case, given: Tensors) -> Mapping[str, float]:
@@ -220,8 +220,8 @@ OP = KernelOp(
         Case(rows=3, ids=80, top_p=0.5, config=WIDE, seed=7),
     ),
     bugs=(
-        _bug("inside = (x >= least) & (x <= most)\n", "inside = (x >= least) & (x < most)\n"),
-        _bug("held * LANES + lane, _entry", "held * LANES + lane + LANES, _entry"),  # a slot too far
+        _bug("inside = (x >= least) & (x <= most)\n", "inside = (x >= least) & (x < most)\n", file=LISTS),
+        _bug("held * LANES + lane, _entry", "held * LANES + lane + LANES, _entry", file=LISTS),  # a slot too far
         _bug("rate = tl.minimum(1.4426950408889634 / heat", "rate = tl.minimum(1.4426950408889634"),  # dropped temperature
         _bug("kept = heavier + (target - ranks) * one", "kept = heavier"),
         _bug("(target - heavier + one - 1) // one * one", "(target - heavier) // one * one"),
@@ -229,6 +229,6 @@ OP = KernelOp(
         _bug("counts + near_rank, masses + near_mass", "counts, masses"),  # the list's own sums
         _bug("narrow_ptr, ranks, heavier", "narrow_ptr, near_rank, near_mass"),  # stale sums above what is left
         _bug("kept = tl.minimum(kept, tl.maximum(likely, ONE))", "kept = tl.minimum(kept, kept)"),
-        _bug("bits = (x + 0.0).to", "bits = x.to"),  # -0 below 0
+        _bug("bits = (x + 0.0).to", "bits = x.to", file=NUMBERS),  # -0 below 0
     ),
 )  # fmt: skip
