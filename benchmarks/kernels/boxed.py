@@ -118,9 +118,8 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, box: Box, keep: Callable[[Job
         try:
             for future in [pool.submit(one, job) for job in jobs]:
                 future.result()
-        except BaseException:
-            stopped.set()  # leaving the pool waits for its threads
-            raise
+        finally:
+            stopped.set()  # after an interrupt: leaving the pool waits for its threads
     return left_out
 
 

@@ -176,13 +176,6 @@ def test_a_register_operand_of_a_product_under_way_is_left_alone(
 
 
 @needs_assembler
-def test_attention_that_issues_ahead_leaves_operands_alone() -> None:
-    done = report("--only", "flash_attention", "--kernel", "forward", "--shape", "S1024", "--config", "0", "--check")
-    assert done.stdout.count(" AHEAD ") == 2, "causal and full"
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@needs_assembler
 def test_a_table_of_an_op_and_exit_code_0() -> None:
     done = report("--only", "rope,adamw", "--check")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -220,10 +220,9 @@ def _run_forward(
             _describe(q, cfg.block_m, padded, tma), _describe(k, cfg.block_n, padded, tma),
             _describe(v, cfg.block_n, padded, tma), q, k, v, out, lse, top, spread, query_starts, key_starts,
             *outer_strides(q), *outer_strides(k), *outer_strides(v), *outer_strides(out),
-            shape.sequences, shape.queries, shape.keys, heads, section, longest_query, rule.window, rule.unit, rule.inner, 0,
+            shape.sequences, shape.queries, shape.keys, heads, section, longest_query, rule.window, rule.unit, rule.inner,
             GROUP=shape.group, VARLEN=packed, WIDTH=q.shape[-1], PADDED=padded, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
-            STAGES=cfg.stages, TMA=tma, AHEAD=bool(cfg.ahead), WGMMA=not is_interpreting(),
-            PRECISION=precision(q), **rule.flags,
+            STAGES=cfg.stages, TMA=tma, PRECISION=precision(q), **rule.flags,
             num_warps=cfg.num_warps, num_stages=cfg.stages,
         )  # fmt: skip
     return out, lse, top, spread

@@ -28,7 +28,6 @@ class ForwardConfig(NamedTuple):
     block_n: int  # keys of a tile
     num_warps: int
     stages: int  # tiles of K and V in flight
-    ahead: int  # 1 = the next tile's scores are issued before this tile's product with V
     tma: int  # 1 = bulk copies by descriptor where the strides allow; 0 = pointers always
 
     def shared_bytes(self, padded: int, itemsize: int) -> int:
@@ -38,7 +37,7 @@ class ForwardConfig(NamedTuple):
 
     def registers(self, padded: int) -> int:
         """Estimate what a thread holds: the mix, S in float32, P in half precision."""
-        return (self.block_m * padded + self.block_m * self.block_n * 3 // 2) // (32 * self.num_warps) + 16 * self.ahead
+        return (self.block_m * padded + self.block_m * self.block_n * 3 // 2) // (32 * self.num_warps)
 
 
 class KeyConfig(NamedTuple):
@@ -98,27 +97,19 @@ class AttentionConfig(NamedTuple):
 
 
 FORWARD: tuple[ForwardConfig, ...] = (
-    ForwardConfig(128, 128, 8, 3, 1, 1),  # a turn of the loop between a tile's copy and its use
-    ForwardConfig(128, 128, 8, 3, 0, 1),
-    ForwardConfig(128, 128, 8, 2, 1, 1),
-    ForwardConfig(128, 64, 4, 2, 0, 1),  # width 128: two programs a multiprocessor, one works while the other waits
-    ForwardConfig(256, 64, 8, 3, 0, 1),  # the same in one program: keys and values are copied half as often
-    ForwardConfig(128, 64, 8, 3, 1, 1),  # width 64: two programs
-    ForwardConfig(128, 64, 8, 3, 0, 1),
-    ForwardConfig(128, 64, 8, 4, 1, 1),
-    ForwardConfig(128, 64, 4, 3, 1, 1),  # width 64: two programs of four warps
-    ForwardConfig(256, 64, 8, 3, 1, 1),
-    ForwardConfig(64, 128, 4, 2, 0, 1),  # width 64: three programs
-    ForwardConfig(64, 128, 4, 1, 0, 1),  # width 128: two programs
-    ForwardConfig(64, 64, 4, 3, 1, 1),
-    ForwardConfig(128, 32, 4, 3, 0, 1),
-    ForwardConfig(128, 32, 8, 3, 0, 1),  # width 128: two programs of eight warps
-    ForwardConfig(128, 64, 8, 2, 1, 1),  # width 256
-    ForwardConfig(128, 64, 8, 2, 0, 1),
-    ForwardConfig(128, 32, 8, 4, 1, 1),
-    ForwardConfig(128, 64, 8, 2, 1, 0),  # no descriptors
-    ForwardConfig(64, 32, 4, 2, 0, 0),
-    ForwardConfig(32, 32, 8, 1, 0, 0),  # float32
+    ForwardConfig(64, 128, 4, 1, 1),  # width 128: three programs a multiprocessor, one works while the others wait
+    ForwardConfig(64, 128, 4, 2, 1),  # width 64: three programs
+    ForwardConfig(128, 64, 8, 2, 1),  # width 256
+    ForwardConfig(128, 128, 8, 3, 1),
+    ForwardConfig(128, 64, 4, 2, 1),  # width 128: two programs
+    ForwardConfig(256, 64, 8, 3, 1),  # the same in one program: keys and values are copied half as often
+    ForwardConfig(128, 64, 8, 3, 1),
+    ForwardConfig(64, 64, 4, 4, 1),
+    ForwardConfig(128, 32, 4, 3, 1),
+    ForwardConfig(128, 32, 8, 3, 1),  # width 128: two programs of eight warps
+    ForwardConfig(64, 32, 4, 2, 0),  # no descriptors
+    ForwardConfig(128, 64, 8, 2, 0),
+    ForwardConfig(32, 32, 8, 1, 0),  # float32
 )
 KEYS: tuple[KeyConfig, ...] = (
     KeyConfig(64, 128, 8, 3, 1, 2, 1, 0),  # fused
@@ -171,14 +162,14 @@ def choose_config(width: int, dtype: torch.dtype) -> AttentionConfig:
     """
     if dtype == torch.float32:  # no tensor cores at full precision: small tiles in plain registers
         keys = KeyConfig(32, 32, 8, 1, 0, 0, 0, 0)
-        return AttentionConfig(ForwardConfig(32, 32, 8, 1, 0, 0), keys, QueryConfig(32, 32, 8, 1, 0))
+        return AttentionConfig(ForwardConfig(32, 32, 8, 1, 0), keys, QueryConfig(32, 32, 8, 1, 0))
     if width > 128:
         keys = KeyConfig(64, 64, 8, 2, 1, 0, 1, 0)
-        return AttentionConfig(ForwardConfig(128, 64, 8, 2, 0, 1), keys, QueryConfig(64, 64, 4, 2, 1))
+        return AttentionConfig(ForwardConfig(128, 64, 8, 2, 1), keys, QueryConfig(64, 64, 4, 2, 1))
     keys = KeyConfig(64, 64, 4, 2, 1, 0, 1, 1)
     if width <= 64:
-        return AttentionConfig(ForwardConfig(64, 128, 4, 2, 0, 1), keys, QueryConfig(64, 64, 4, 3, 1))
-    return AttentionConfig(ForwardConfig(64, 128, 4, 1, 0, 1), keys, QueryConfig(128, 64, 8, 3, 1))
+        return AttentionConfig(ForwardConfig(64, 128, 4, 2, 1), keys, QueryConfig(64, 64, 4, 3, 1))
+    return AttentionConfig(ForwardConfig(64, 128, 4, 1, 1), keys, QueryConfig(128, 64, 8, 3, 1))
 
 
 def expect_fitting(config: ForwardConfig | KeyConfig | QueryConfig, padded: int, itemsize: int) -> None:

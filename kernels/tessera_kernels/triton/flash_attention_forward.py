@@ -31,7 +31,7 @@ from tessera_kernels.triton._attention_tiles import (
     tanh,
 )
 
-_NO_SPECIAL = ("queries", "keys", "heads", "section", "longest", "window", "unit", "inner", "zero")
+_NO_SPECIAL = ("queries", "keys", "heads", "section", "longest", "window", "unit", "inner")
 
 LOWEST = tl.constexpr(-1e30)
 """Where a running maximum starts: finite, so that every difference and product with it is a number."""
@@ -102,71 +102,6 @@ def _attend(
 
 
 @triton.jit
-def _bits_of(numbers, dtype: tl.constexpr):
-    if dtype == tl.float32:
-        return numbers
-    return numbers.to(dtype).to(tl.int16, bitcast=True)
-
-
-@triton.jit
-def _numbers_of(bits, zero, dtype: tl.constexpr, WGMMA: tl.constexpr):
-    """Return the numbers of these bits; for wgmma in registers of their own, written after the wait before this.
-
-    A product under way goes on reading its registers. As a number that passes from turn to turn of the loop, the next tile's
-    bits are written over this one's before anything waits: the PTX ISA leaves that undefined, and on an H200 some rows in a
-    thousand came out wrong. `zero` is an argument, which the compiler cannot know to be 0; impure, the copy stays where it is.
-    """
-    if WGMMA and bits.dtype == tl.int16:
-        bits = tl.inline_asm_elementwise(
-            "xor.b32 $0, $1, $2;", "=r,r,r", [bits, zero.to(tl.int16)], dtype=tl.int16, is_pure=False, pack=2
-        )
-    return bits.to(dtype, bitcast=True)
-
-
-@triton.jit
-def _attend_ahead(
-    q, top, total, mixed, low, whole_low, whole_high, high, row, keys, past, window, inner, unit_log2,
-    k_desc, k_head, stride_ks, v_desc, v_head, stride_vs, batch, kv_head, first, zero,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, VARLEN: tl.constexpr, WIDTH: tl.constexpr,
-    PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, WGMMA: tl.constexpr,
-):  # fmt: skip
-    """As `_attend`, but a tile's product with V is issued after the next tile's scores.
-
-    So P V of one tile runs on the tensor cores while the softmax of the next runs beside it (Shah et al. 2024,
-    arXiv 2407.08608, algorithm 2): the compiler waits at once for a product that is used at once, and not for P V.
-    P is carried as the bits of its half-precision numbers: as numbers the compiler puts it in shared memory and waits for
-    it, and in float32 it takes twice the registers.
-    """
-    if low < high:
-        k = load_tile(k_desc, k_head, batch, kv_head, first, low, keys, stride_ks, BLOCK_N, WIDTH, PADDED, TMA, VARLEN)
-        scores = _scores(q, k, inner, SOFTCAP, PRECISION)
-        scores = _hide(scores, row, low, keys, past, window, whole_low, whole_high, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
-        probs, top, total, fade = _weigh(scores, top, total, unit_log2)
-        bits = _bits_of(probs, k.dtype)
-        for column in tl.range(low + BLOCK_N, high, BLOCK_N, num_stages=STAGES):
-            k = load_tile(
-                k_desc, k_head, batch, kv_head, first, column, keys, stride_ks, BLOCK_N, WIDTH, PADDED, TMA, VARLEN
-            )
-            scores = _scores(q, k, inner, SOFTCAP, PRECISION)
-            mixed = mixed * fade[:, None]
-            before = column - BLOCK_N
-            v = load_tile(
-                v_desc, v_head, batch, kv_head, first, before, keys, stride_vs, BLOCK_N, WIDTH, PADDED, TMA, VARLEN
-            )
-            mixed = product(_numbers_of(bits, zero, v.dtype, WGMMA), v, mixed, PRECISION)
-            scores = _hide(
-                scores, row, column, keys, past, window, whole_low, whole_high, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
-            )
-            probs, top, total, fade = _weigh(scores, top, total, unit_log2)
-            bits = _bits_of(probs, k.dtype)
-        last = low + (high - low - 1) // BLOCK_N * BLOCK_N
-        v = load_tile(v_desc, v_head, batch, kv_head, first, last, keys, stride_vs, BLOCK_N, WIDTH, PADDED, TMA, VARLEN)
-        mixed = product(_numbers_of(bits, zero, v.dtype, WGMMA), v, mixed * fade[:, None], PRECISION)
-    return top, total, mixed
-
-
-@triton.jit
 def program_of(pid, blocks, heads_all, section, LAST_FIRST: tl.constexpr):
     """Return (block, sequence-and-head) of a program: `section` heads at a time share the L2 cache, heavy blocks first."""
     group = pid // (section * blocks)
@@ -183,10 +118,10 @@ def forward_kernel(
     q_desc, k_desc, v_desc, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, top_ptr, spread_ptr, query_starts, key_starts,
     stride_qb, stride_qt, stride_qn, stride_kb, stride_ks, stride_kn, stride_vb, stride_vs, stride_vn,
     stride_ob, stride_ot, stride_on,
-    sequences, queries, keys, heads, section, longest, window, unit, inner, zero,
+    sequences, queries, keys, heads, section, longest, window, unit, inner,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, VARLEN: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr, AHEAD: tl.constexpr, WGMMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module; rows of lse, top and spread are (sequence, head, query), or (head, query) when packed."""
     block, which = program_of(
@@ -224,18 +159,11 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, PADDED], tl.float32)
     unit_log2 = unit * 1.4426950408889634
-    if AHEAD:
-        top, total, mixed = _attend_ahead(
-            q, top, total, mixed, low, whole_low, whole_high, high, row, k_length, past, window, inner, unit_log2,
-            k_desc, k_head, stride_ks, v_desc, v_head, stride_vs, batch, kv_head, k_first, zero,
-            CAUSAL, WINDOW, SOFTCAP, VARLEN, WIDTH, PADDED, BLOCK_M, BLOCK_N, STAGES, TMA, PRECISION, WGMMA,
-        )  # fmt: skip
-    else:
-        top, total, mixed = _attend(
-            q, top, total, mixed, low, whole_low, whole_high, high, row, k_length, past, window, inner, unit_log2,
-            k_desc, k_head, stride_ks, v_desc, v_head, stride_vs, batch, kv_head, k_first,
-            CAUSAL, WINDOW, SOFTCAP, VARLEN, WIDTH, PADDED, BLOCK_M, BLOCK_N, STAGES, TMA, PRECISION,
-        )  # fmt: skip
+    top, total, mixed = _attend(
+        q, top, total, mixed, low, whole_low, whole_high, high, row, k_length, past, window, inner, unit_log2,
+        k_desc, k_head, stride_ks, v_desc, v_head, stride_vs, batch, kv_head, k_first,
+        CAUSAL, WINDOW, SOFTCAP, VARLEN, WIDTH, PADDED, BLOCK_M, BLOCK_N, STAGES, TMA, PRECISION,
+    )  # fmt: skip
 
     blind = total == 0.0  # saw no key: zeros out, no share in any gradient
     total = tl.where(blind, 1.0, total)

@@ -37,10 +37,10 @@ UNUSED = 3
 """Rows after the last packed sequence; NaN going in, zeros coming out."""
 
 SMALL_SPLIT = AttentionConfig(
-    ForwardConfig(16, 16, 4, 1, 0, 0), KeyConfig(16, 16, 4, 1, 0, 0, 0), QueryConfig(16, 16, 4, 1, 0)
+    ForwardConfig(16, 16, 4, 1, 0), KeyConfig(16, 16, 4, 1, 0, 0, 0), QueryConfig(16, 16, 4, 1, 0)
 )
 SMALL_FUSED = AttentionConfig(
-    ForwardConfig(32, 16, 4, 2, 1, 1), KeyConfig(16, 32, 4, 2, 1, 2, 1), QueryConfig(16, 16, 4, 1, 1)
+    ForwardConfig(32, 16, 4, 2, 1), KeyConfig(16, 32, 4, 2, 1, 2, 1), QueryConfig(16, 16, 4, 1, 1)
 )
 """Let the interpreter see several tiles, edges and loops at small sizes; for it alone."""
 
