@@ -9,7 +9,17 @@ product of its own (`_label_logits`), and its term is added where it does not hi
 import triton
 import triton.language as tl
 
-from tessera_kernels.triton._row_math import LOWEST, exp, found_logit, label_loss, tanh, without_shortfall, write_zeros
+from tessera_kernels.triton._row_math import (
+    LOWEST,
+    exp,
+    found_logit,
+    label_loss,
+    read_logits,
+    tanh,
+    without_shortfall,
+    write_slopes_of,
+    write_zeros,
+)
 
 
 @triton.jit
@@ -27,19 +37,11 @@ def slope_of_cap(z, softcap):
 
 
 @triton.jit
-def _logits(row, columns, width, padded, LAST: tl.constexpr):
-    """Load logits; only a row's LAST tile has columns that nobody wrote."""
-    if LAST:
-        return tl.where(columns < width, tl.load(row + columns, mask=columns < padded, other=0.0), 0.0)
-    return tl.load(row + columns)
-
-
-@triton.jit
 def _tile_sums(
     row, columns, width, padded, own_id, top, rests, moments, softcap, CAPPED: tl.constexpr, LAST: tl.constexpr
 ):
     """Carry the sums over one tile; they fade only where it has a new maximum, which few tiles have."""
-    raw = _logits(row, columns, width, padded, LAST)
+    raw = read_logits(row, columns, width, padded, 0.0, LAST)
     z = capped(raw, softcap, CAPPED)
     growth = raw * slope_of_cap(z, softcap) if CAPPED else raw
     if LAST:
@@ -79,7 +81,7 @@ def _write_tile(
     CAPPED: tl.constexpr, IN_PLACE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Write one tile's slopes."""
-    z = capped(_logits(row, columns, width, padded, LAST), softcap, CAPPED)
+    z = capped(read_logits(row, columns, width, padded, 0.0, LAST), softcap, CAPPED)
     if LAST:
         z = tl.where(columns < width, z, top)
     slope = exp(z - top) * factor
@@ -88,11 +90,7 @@ def _write_tile(
     slope = tl.where(columns == own_id, own, slope)
     if IN_PLACE:
         tl.debug_barrier()  # the slopes of these columns lie over logits of others among them
-    if LAST:
-        slope = tl.where(columns < width, slope, 0.0)
-        tl.store(slopes + columns, slope.to(slopes.dtype.element_ty), mask=columns < padded)
-    else:
-        tl.store(slopes + columns, slope.to(slopes.dtype.element_ty))
+    write_slopes_of(slopes, columns, slope, width, padded, LAST)
 
 
 @triton.jit

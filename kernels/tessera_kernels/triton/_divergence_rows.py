@@ -31,7 +31,9 @@ from tessera_kernels.triton._row_math import (
     log,
     log1p,
     powers_of_two,
+    read_logits,
     without_shortfall,
+    write_slopes_of,
     write_zeros,
 )
 
@@ -47,20 +49,15 @@ MOST_KEPT = tl.constexpr(65504.0)
 
 
 @triton.jit
-def _logits(row, columns, width, padded, LAST: tl.constexpr):
-    """Load float32 logits. Those behind the LAST id, which nobody wrote, read as so low that their powers are 0."""
-    if LAST:
-        return tl.where(columns < width, tl.load(row + columns, mask=columns < padded, other=0.0), LOWEST)
-    return tl.load(row + columns)
-
-
-@triton.jit
 def _tile_sums(
     student, teacher, columns, width, padded, own_id, s_top, t_top, masses, moves, means, rests, moments, inv_tau,
     KIND: tl.constexpr, HARD: tl.constexpr, COLD: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Carry the sums over one tile; they fade only where it has a new maximum, which few tiles have."""
-    s, t = _logits(student, columns, width, padded, LAST), _logits(teacher, columns, width, padded, LAST)
+    s, t = (
+        read_logits(student, columns, width, padded, LOWEST, LAST),
+        read_logits(teacher, columns, width, padded, LOWEST, LAST),
+    )
     s_new, t_new = tl.maximum(s_top, tl.max(s, 0)), tl.maximum(t_top, tl.max(t, 0))
     scale = inv_tau * LOG2_E
     if (s_new > s_top) | (t_new > t_top):
@@ -188,7 +185,10 @@ def _ratio_tile(
     KIND: tl.constexpr, WRITE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Keep lift G(r) of one tile when WRITE; return q F(r), and q times what is kept."""
-    s, t = _logits(student, columns, width, padded, LAST), _logits(teacher, columns, width, padded, LAST)
+    s, t = (
+        read_logits(student, columns, width, padded, LOWEST, LAST),
+        read_logits(teacher, columns, width, padded, LOWEST, LAST),
+    )
     p, q, r = _probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau)
     term, slope = _term_and_slope(p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND)
     kept = tl.clamp(slope * lift, -MOST_KEPT, MOST_KEPT, tl.PropagateNan.ALL).to(ratios.dtype.element_ty)
@@ -234,16 +234,12 @@ def _scaled_tile(
     student, ratios, slopes, columns, width, padded, own_id, s_top, per_ratio, offset, hard_factor, hard_own, inv_tau,
     HARD: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    s = _logits(student, columns, width, padded, LAST)
+    s = read_logits(student, columns, width, padded, LOWEST, LAST)
     kept = tl.load(ratios + columns, mask=columns < padded, other=0.0) if LAST else tl.load(ratios + columns)
     slope = tl.exp2((s - s_top) * (inv_tau * LOG2_E)) * (kept.to(tl.float32) * per_ratio - offset)
     if HARD:
         slope += tl.where(columns == own_id, hard_own, exp(s - s_top) * hard_factor)
-    if LAST:
-        slope = tl.where(columns < width, slope, 0.0)
-        tl.store(slopes + columns, slope.to(slopes.dtype.element_ty), mask=columns < padded)
-    else:
-        tl.store(slopes + columns, slope.to(slopes.dtype.element_ty))
+    write_slopes_of(slopes, columns, slope, width, padded, LAST)
 
 
 @triton.jit
@@ -283,7 +279,10 @@ def _last_tile(
     KIND: tl.constexpr, HARD: tl.constexpr, WRITE: tl.constexpr, IN_PLACE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Write one tile's slopes when WRITE; return q F(r) of its ids."""
-    s, t = _logits(student, columns, width, padded, LAST), _logits(teacher, columns, width, padded, LAST)
+    s, t = (
+        read_logits(student, columns, width, padded, LOWEST, LAST),
+        read_logits(teacher, columns, width, padded, LOWEST, LAST),
+    )
     p, q, r = _probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau)
     term, slope = _term_and_slope(p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND)
     if WRITE:
@@ -292,11 +291,7 @@ def _last_tile(
             slope += tl.where(columns == own_id, hard_own, exp(s - s_top) * hard_factor)
         if IN_PLACE:
             tl.debug_barrier()
-        if LAST:
-            slope = tl.where(columns < width, slope, 0.0)
-            tl.store(slopes + columns, slope.to(slopes.dtype.element_ty), mask=columns < padded)
-        else:
-            tl.store(slopes + columns, slope.to(slopes.dtype.element_ty))
+        write_slopes_of(slopes, columns, slope, width, padded, LAST)
     return term
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from tessera_kernels.checks import is_interpreting
+from tessera_kernels.triton._launch import write
 
 LOWEST = tl.constexpr(-1e30)
 """Where a running maximum starts: finite, so that a difference of two of them is a number."""
@@ -101,6 +102,22 @@ def without_shortfall(rest, moment, exact, found, SHORT: tl.constexpr):
         usual = (found != 0.0) & (tl.abs(lack) <= 2.0**-16 * tl.abs(found))
         rest += tl.where(usual, lack / tl.where(usual, found, 1.0) * moment, 0.0)
     return rest
+
+
+@triton.jit
+def read_logits(row, columns, width, padded, fill, LAST: tl.constexpr):
+    """Load a tile of logits; only a row's LAST has columns that nobody wrote, which read as `fill`."""
+    if LAST:
+        return tl.where(columns < width, tl.load(row + columns, mask=columns < padded, other=0.0), fill)
+    return tl.load(row + columns)
+
+
+@triton.jit
+def write_slopes_of(slopes, columns, slope, width, padded, LAST: tl.constexpr):
+    """Store a tile of slopes; behind the LAST id are zeros."""
+    if LAST:
+        slope = tl.where(columns < width, slope, 0.0)
+    write(slopes + columns, slope, columns < padded, LAST)
 
 
 @triton.jit

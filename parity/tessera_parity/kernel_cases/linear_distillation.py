@@ -28,6 +28,7 @@ from tessera_parity.kernel_cases.case import (
 from tessera_parity.loading import Patch
 
 ROWS = "tessera_kernels/triton/_divergence_rows.py"
+MATH = "tessera_kernels/triton/_row_math.py"
 SERIES = "tessera_kernels/triton/_divergence_series.py"
 TILES = "tessera_kernels/triton/_logit_tiles.py"
 SMALL_BLOCKS = LossConfig(block=32, num_warps=1, stages=1)
@@ -231,7 +232,7 @@ OP = KernelOp(
         _bug(ROWS, "* moves + change * masses", "* moves"),  # missing rescale
         _bug(ROWS, "masses = s_fall * masses\n", "masses = masses\n"),
         _bug(ROWS, "else q * (slope - slope_sum))", "else q * slope)"),
-        _bug(ROWS, "mask=columns < padded, other=0.0), LOWEST)", "mask=columns < padded, other=0.0), 0.0)"),
+        _bug(MATH, "mask=columns < padded, other=0.0), fill)", "mask=columns < padded, other=0.0), 0.0)"),
         _bug(ROWS, "scale * soft_weight * inv_tau, scale * label_weight, z_loss, inv_tau, HARD",
               "scale * soft_weight, scale * label_weight, z_loss, inv_tau, HARD"),  # dropped scale
         _bug(ROWS, "return term, q * kept.to(tl.float32)", "return term, q * slope"),
