@@ -155,7 +155,7 @@ CONFIGS: tuple[AttentionConfig, ...] = tuple(_configs())
 
 
 def choose_config(width: int, dtype: torch.dtype) -> AttentionConfig:
-    """Return the configuration for this head width and dtype, by the sweeps on an H200 of 2026-11-21.
+    """Return the configuration for this head width and dtype, by what an H200 measured on 2026-11-21.
 
     dQ has a kernel of its own, so that every sum is in one order: two more products beside five cost less than additions
     into memory (S 4096: 3.2 ms against 4.1 at width 128, 2.2 against 2.5 at 64).
