@@ -1,6 +1,7 @@
 """Weights in 8 and 4 bits: the quantizer on its own terms, the packed layout, and the product's behavior."""
 
-from dataclasses import replace
+from dataclasses from itertools import product
+import replace
 
 import pytest
 import torch
@@ -206,8 +207,9 @@ def test_whatever_is_chosen_is_in_the_list():
         for outputs in (1, 128, 1000, 4096, 16384):
             for width in (1, 1024, 8192, 16384):
                 for bits in (4, 8):
-                    for is_float32 in (False, True):
-                        assert kernel.choose_config(rows, outputs, width, bits, is_float32=is_float32) in kernel.CONFIGS
+                    for flags in product((False, True), repeat=2):
+                        chosen = kernel.choose_config(rows, outputs, width, bits, is_grouped=flags[0], is_float32=flags[1])
+                        assert chosen in kernel.CONFIGS
 
 
 @pytest.mark.gpu

@@ -123,13 +123,13 @@ CONFIGS: tuple[Config, ...] = (
 
 
 def choose_config(
-    rows: int, num_outputs: int, width: int, bits: int, *, is_grouped: bool = False, is_float32: bool = False
+    rows: int, num_outputs: int, width: int, bits: int, *, is_grouped: bool, is_float32: bool = False
 ) -> Config:
     """Return the configuration for a shape: a pure function, so that graphs and repeats see the same kernel.
 
     By the sweeps on an H200 of 2026-11-21 at 8192 x 8192.
     """
-    if rows >= (FLOAT32_ROWS if is_float32 else DEQUANTIZE_ROWS[4 if is_grouped else bits]):
+    if rows >= (FLOAT32_ROWS if is_float32 else DEQUANTIZE_ROWS[is_grouped]):
         return Config("dequantize")
     if is_float32:
         return _FLOAT32
@@ -143,8 +143,8 @@ def choose_config(
     return _split(_MANY, num_outputs, width, rows, 1)
 
 
-DEQUANTIZE_ROWS = {8: 2048, 4: 1024}
-"""From so many rows on, the product is long enough to hide writing the whole weight out once; with scales of groups as 4 bits."""
+DEQUANTIZE_ROWS = {False: 2048, True: 1024}
+"""From so many rows on, the product is long enough to hide writing the whole weight out once; earlier with scales of groups."""
 
 FLOAT32_ROWS = 5
 """The same for float32 x, whose products run on the ordinary lanes: right, not fast."""
