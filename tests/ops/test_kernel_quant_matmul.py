@@ -1,7 +1,7 @@
 """Weights in 8 and 4 bits: the quantizer on its own terms, the packed layout, and the product's behavior."""
 
-from dataclasses from itertools import product
-import replace
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -208,7 +208,9 @@ def test_whatever_is_chosen_is_in_the_list():
             for width in (1, 1024, 8192, 16384):
                 for bits in (4, 8):
                     for flags in product((False, True), repeat=2):
-                        chosen = kernel.choose_config(rows, outputs, width, bits, is_grouped=flags[0], is_float32=flags[1])
+                        chosen = kernel.choose_config(
+                            rows, outputs, width, bits, is_grouped=flags[0], is_float32=flags[1]
+                        )
                         assert chosen in kernel.CONFIGS
 
 
