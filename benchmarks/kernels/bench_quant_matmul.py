@@ -41,20 +41,26 @@ def rows() -> Iterator[Row]:
     """Yield one row for each shape, format and number of rows."""
     shapes = harness.choose(SHAPES, ((96, 256),))
     for name, shape in harness.turn((name, shape) for shape in shapes for name in FORMATS):
-        weight_FD = _weight(*shape)
+        weight_FD = random_weight(*shape)
         packed = FORMATS[name](weight_FD)
         for count in harness.choose((*FEW, *MANY) if shape == SHAPES[0] else (1, 16, 128, 1024), (1, 3)):
             yield _row(name, weight_FD, packed, count)
         del packed
 
 
-def _weight(outputs: int, width: int) -> torch.Tensor:
+def random_weight(outputs: int, width: int) -> torch.Tensor:
+    """Return a bfloat16 weight [F, D] of a layer's usual size."""
     return torch.randn(outputs, width, device=harness.device(), dtype=torch.bfloat16) / width**0.5
+
+
+def random_rows(count: int, width: int) -> torch.Tensor:
+    """Return rows of x in bfloat16."""
+    return torch.randn(count, width, device=harness.device()).to(torch.bfloat16)
 
 
 def _row(name: str, weight_FD: torch.Tensor, packed: QuantWeight, count: int) -> Row:
     outputs, width = weight_FD.shape
-    x = torch.randn(count, width, device=harness.device()).to(torch.bfloat16)
+    x = random_rows(count, width)
     functions = {"ours": functools.partial(kernel.quant_matmul, x, packed)} | harness.available(
         _peers(x, weight_FD, packed)
     )
@@ -121,11 +127,11 @@ CANDIDATES: dict[int, tuple[kernel.Config, ...]] = {
 def sweeps() -> Iterator[Sweep]:
     """Yield two formats at numbers of rows that want different tiles, cuBLAS in bfloat16 beside them."""
     outputs, width = harness.choose(SHAPES[0], (96, 256))
-    weight_FD = _weight(outputs, width)
+    weight_FD = random_weight(outputs, width)
     for name in ("W8A16 channel", "W4A16 g128"):
         packed = FORMATS[name](weight_FD)
         for count in harness.choose(tuple(CANDIDATES), (1,)):
-            x = torch.randn(count, width, device=harness.device()).to(torch.bfloat16)
+            x = random_rows(count, width)
             chosen = kernel.choose_config(count, outputs, width, packed.bits, is_grouped=packed.group is not None)
             yield Sweep(
                 part=name,

@@ -272,6 +272,19 @@ def _many_sequences() -> Check:
     yield from _compare(ours, usual, inputs, names="dq dk dv", length=2)
 
 
+def _packed_weight(form: str, rows: int, splits: int) -> Check:
+    """A product with packed weights: words from shared memory to operands in registers."""
+    from tessera_kernels.cuda.quant_matmul import QuantConfig, choose_config, quant_matmul
+    from tessera_kernels.reference.quant_matmul import quant_matmul as plain
+    from tessera_parity.kernel_cases.quant_matmul import quantized
+
+    outputs, width = _size(1000, 300), _size(2000, 300)
+    weight = quantized(_random(outputs, width), form)
+    config: QuantConfig = choose_config(rows, outputs, width)._replace(splits=splits)
+    ours, usual = lambda x: (quant_matmul(x, weight, config=config),), lambda x: (plain(x, weight),)
+    yield from _compare(ours, usual, (_random(rows, width, seed=1),), names="y", length=width)
+
+
 def _pages(*, queries: int, keys: int) -> Check:
     """One row of a page table: a decode (queries = 0), or a prefill whose few programs are split over keys."""
     import torch
@@ -326,6 +339,11 @@ STEPS: dict[str, Callable[[], Check]] = {
     "backward_one_box": lambda: _attention(128, 64, 128, causal=False, overlap=2, backward=True),
     "backward_overlap_1": lambda: _attention(128, 64, 128, causal=False, overlap=1, backward=True),
     "backward_80": lambda: _attention(80, _size(1000, 140), _size(1000, 150), heads=4, kv_heads=2, backward=True),
+    "packed_few_w8": lambda: _packed_weight("w8", 1, 1),
+    "packed_few_w4": lambda: _packed_weight("w4g64", 16, 1),
+    "packed_w8": lambda: _packed_weight("w8", 60, 1),
+    "packed_w8_split": lambda: _packed_weight("w8g64", _size(300, 130), 4),
+    "packed_w4": lambda: _packed_weight("w4g128", _size(300, 130), 1),
     "graph": _graph,
     "triton_norm": partial(_norm, "triton", backward=True),
     "triton_forward": lambda: _attention(128, _size(512, 40), _size(512, 40), room="triton", heads=4, kv_heads=2),

@@ -35,6 +35,7 @@ SOURCES = {
     "linear_cross_entropy": "bench_linear_cross_entropy",
     "linear_distillation": "bench_linear_distillation",
     "quant_matmul": "bench_quant_matmul",
+    "cuda_quant_matmul": "bench_cuda_quant_matmul",
     "paged_attention": "bench_paged_attention",
     "fp8_matmul": "bench_fp8_matmul",
     "rms_norm": "sweep_memory_bound",

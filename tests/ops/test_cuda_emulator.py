@@ -21,6 +21,8 @@ pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ comp
 SHARED = 96 * 1024
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+FORMS = ["shared", "registers", "flipped", "along"]
+"""Where a product's operands lie, and how."""
 
 Probe = Callable[..., None]
 
@@ -103,6 +105,19 @@ def test_fast_powers_and_logarithms_flush_what_is_subnormal(probe: Probe) -> Non
     assert y[6:].tolist() == [0.0, -1.0, 3.0, -126.0, -torch.inf, -torch.inf]
 
 
+def test_pairs_are_multiplied_and_subtracted_with_one_rounding_each(probe: Probe) -> None:
+    """Subnormal numbers are factors like any other: codes of 8 bits are numbers of that kind."""
+    a, b = random(256, dtype=torch.bfloat16), random(256, dtype=torch.bfloat16, seed=1)
+    a[:2], b[:2] = torch.tensor([3.0 * 2.0**-133, -127.0 * 2.0**-133]), 2.0**127
+    a[2:4], b[2:4] = torch.tensor([128.0 + 15.0, 128.0]), 128.0 + 15.0
+    product, difference = torch.empty_like(a), torch.empty_like(a)
+    body = "y[t] = multiply_pairs(a[t], b[t]); z[t] = subtract_pairs(a[t], b[t]);"
+    probe("const uint32_t* a, const uint32_t* b, uint32_t* y, uint32_t* z", body, [a, b, product, difference])
+    assert torch.equal(product, (a.double() * b.double()).to(torch.bfloat16))
+    assert torch.equal(difference, (a.double() - b.double()).to(torch.bfloat16))
+    assert product[:2].tolist() == [3.0 / 64, -127.0 / 64]
+
+
 # ---- a warp ------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +167,15 @@ def test_matrices_are_dealt_out_to_the_lanes(probe: Probe, transposed: bool) -> 
         for j in range(4):
             row, column = lane // 4, 2 * (lane % 4)
             assert int(found[lane, j]) == int(m[j, row, column] | m[j, row, column + 1] << 16)
+
+
+def test_a_matrix_is_turned_and_bytes_change_places(probe: Probe) -> None:
+    matrix = torch.from_numpy(np.random.default_rng(1).integers(0, 2**15, (8, 8), dtype=np.int16))
+    turned, swapped = torch.zeros_like(matrix), torch.zeros_like(matrix)
+    body = "y[lane] = transposed(x[lane]); z[lane] = swapped_bytes(x[lane]);"
+    probe("const uint32_t* x, uint32_t* y, uint32_t* z", body, [matrix, turned, swapped], threads=32)
+    assert torch.equal(turned, matrix.t())
+    assert np.array_equal(swapped.numpy(), matrix.numpy().byteswap())
 
 
 def left_fragments(a: Tensor) -> Tensor:
@@ -208,14 +232,14 @@ def swizzled_image(rows: Tensor) -> Tensor:
 
 @HALVES
 @pytest.mark.parametrize("columns", [64, 128, 256])
-@pytest.mark.parametrize("form", ["shared", "registers", "flipped"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_warpgroup_multiplies_tiles(probe: Probe, form: str, columns: int, dtype: torch.dtype) -> None:
     """Two products of 16: the second adds to the first, which overwrites what the registers held."""
     a, b = random(64, 32, dtype=dtype), random(32, columns, dtype=dtype, seed=1)
     padding = torch.zeros(64, 32, dtype=dtype)
     left = swizzled_image(a.t().contiguous() if form == "flipped" else torch.cat([a, padding], 1))
     wide = torch.cat([b.t(), torch.zeros(columns, 32, dtype=dtype)], 1)
-    right = swizzled_image(wide if form == "shared" else b)
+    right = swizzled_image(wide if form in ("shared", "along") else b)
     fragments = torch.stack([
         torch.cat([left_fragments(a[16 * w : 16 * w + 16, 16 * k : 16 * k + 16]) for w in range(4)]) for k in range(2)
     ])  # fmt: skip
@@ -239,6 +263,7 @@ def test_a_warpgroup_multiplies_tiles(probe: Probe, form: str, columns: int, dty
         if (FORM == 2)
             group_product_flipped<HALF, COLUMNS>(
                 d, tile_descriptor(left + 2048 * k, 4096), tile_descriptor(right + 2048 * k, 4096), k);
+        if (FORM == 3) group_product_along<HALF, COLUMNS>(d, registers[k], tile_descriptor(right + 32 * k, 0), k);
     }
     group_commit();
     group_wait<0>();
@@ -248,7 +273,7 @@ def test_a_warpgroup_multiplies_tiles(probe: Probe, form: str, columns: int, dty
     probe(
         "const uint16_t* a, int a_count, const uint16_t* b, int b_count, const uint32_t* fragments, float* y", body,
         [left, left.numel(), right, right.numel(), fragments, found],
-        COLUMNS=columns, FORM=["shared", "registers", "flipped"].index(form), HALF=NAMES[dtype],
+        COLUMNS=columns, FORM=FORMS.index(form), HALF=NAMES[dtype],
     )  # fmt: skip
     assert_close(found, a, b)
 

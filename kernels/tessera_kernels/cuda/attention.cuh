@@ -77,29 +77,11 @@ TESSERA_DEVICE int tile_of(int wave, int turning) {
     return wave * across + (turning != 0 && wave % 2 != 0 ? across - 1 - place : place);
 }
 
-// A place in a ring of COUNT and how often it went around.
-template <int COUNT> struct Turn {
-    int stage = 0, parity = 0;
-    TESSERA_DEVICE int before() const { return stage == 0 ? COUNT - 1 : stage - 1; }
-    TESSERA_DEVICE void next() {
-        if (++stage == COUNT) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 // Sums of one product as the left factor of the next: what a thread holds of one is what it must hold of the other.
 template <class T, int COUNT>
 TESSERA_DEVICE void round_fragments(uint32_t (&to)[COUNT / 8][4], const float (&from)[COUNT]) {
 #pragma unroll
     for (int i = 0; i < COUNT / 2; ++i) to[i / 4][i % 4] = packed<T>(from[2 * i], from[2 * i + 1]);
-}
-
-// The descriptor of what begins `bytes` after a tile's own; addresses stay below the field's end, so that nothing carries.
-TESSERA_DEVICE uint64_t further(uint64_t descriptor, uint32_t bytes) {
-    const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
-    return (descriptor >> 32 << 32) | low;
 }
 
 // Rows and columns of the 16-row fragments that a thread of a warp holds: number i stands in row `fragment_row(i)`.

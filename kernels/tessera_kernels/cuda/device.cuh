@@ -60,6 +60,25 @@ template <> TESSERA_DEVICE uint32_t packed<f16>(float first, float second) {
     return pair;
 }
 
+// Two bfloat16 numbers at a time, each result rounded once; subnormal numbers count. sm_90.
+TESSERA_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+    uint32_t c;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+TESSERA_DEVICE uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+    uint32_t c;
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+TESSERA_DEVICE uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t bits) {  // (x & mask) | bits in one instruction
+    uint32_t y;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+    return y;
+}
+// The two bytes of each half word in the other order.
+TESSERA_DEVICE uint32_t swapped_bytes(uint32_t x) { return __byte_perm(x, 0, 0x2301); }
+
 TESSERA_DEVICE float exp2_fast(float x) {  // 2 ulp, subnormal results become 0; -inf gives 0
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -145,6 +164,12 @@ TESSERA_DEVICE void load_matrices_transposed(uint32_t (&to)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
 }
+// An 8 x 8 matrix of 16-bit numbers, lane l holding row l / 4, columns 2 (l % 4) and the next: the same of its transpose.
+TESSERA_DEVICE uint32_t transposed(uint32_t pair) {
+    uint32_t other;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(other) : "r"(pair));
+    return other;
+}
 // d [16, 8] += a [16, 16] b [16, 8]. Lane l holds d[l / 4 + 8 (i / 2)][2 (l % 4) + i % 2] in d[i].
 template <class T> TESSERA_DEVICE void warp_product(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <> TESSERA_DEVICE void warp_product<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -226,6 +251,11 @@ template <int count> TESSERA_DEVICE void settled(float (&d)[count]) {
 #pragma unroll
     for (int i = 0; i < count; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+// Keeps registers that a product under way reads from being given to anything else before the wait.
+template <int rows, int count> TESSERA_DEVICE void settled(uint32_t (&a)[rows][count]) {
+#pragma unroll
+    for (int i = 0; i < rows * count; ++i) asm volatile("" : "+r"(a[i / count][i % count])::"memory");
+}
 
 #include "wgmma.cuh"
 
@@ -241,3 +271,20 @@ TESSERA_DEVICE uint64_t tile_descriptor(uint32_t address, uint32_t panel) {
     word |= 1ull << 62;                                           // 128-byte swizzle
     return word;
 }
+// The descriptor of what begins `bytes` after a tile's own; addresses stay below the field's end, so that nothing carries.
+TESSERA_DEVICE uint64_t further(uint64_t descriptor, uint32_t bytes) {
+    const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+    return (descriptor >> 32 << 32) | low;
+}
+
+// A place in a ring of COUNT and how often it went around.
+template <int COUNT> struct Turn {
+    int stage = 0, parity = 0;
+    TESSERA_DEVICE int before() const { return stage == 0 ? COUNT - 1 : stage - 1; }
+    TESSERA_DEVICE void next() {
+        if (++stage == COUNT) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};

@@ -53,6 +53,29 @@ float from_f16(uint16_t bits) {
     return sign ? -size : size;
 }
 
+namespace {
+
+template <class Operation> uint32_t of_pairs(uint32_t a, uint32_t b, Operation operation) {
+    uint32_t pair = 0;
+    for (int half = 0; half < 32; half += 16) {
+        float x = from_bf16(static_cast<uint16_t>(a >> half)), y = from_bf16(static_cast<uint16_t>(b >> half));
+        pair |= static_cast<uint32_t>(to_bf16(operation(x, y))) << half;
+    }
+    return pair;
+}
+
+}  // namespace
+}  // namespace emulated
+
+uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+    return of_pairs(a, b, [](float x, float y) { return x * y; });
+}
+uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+    return of_pairs(a, b, [](float x, float y) { return x - y; });
+}
+
+namespace emulated {
+
 // ---- threads ----------------------------------------------------------------------------------------------------
 
 namespace {
@@ -251,6 +274,18 @@ void warp_product(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Lift li
         unpack_left(left, fragments, lift);
         multiply(sums, left, right, 8, true);
     });
+}
+
+uint32_t transposed(uint32_t pair) {
+    struct Item { uint32_t given, found; } item{pair, 0};
+    together("movmatrix", item, [](Item** items) {
+        uint16_t number[8][8];
+        for (int i = 0; i < LANES; ++i)
+            for (int j = 0; j < 2; ++j) number[i / 4][2 * (i % 4) + j] = static_cast<uint16_t>(items[i]->given >> 16 * j);
+        for (int i = 0; i < LANES; ++i)
+            items[i]->found = number[2 * (i % 4)][i / 4] | static_cast<uint32_t>(number[2 * (i % 4) + 1][i / 4]) << 16;
+    });
+    return item.found;
 }
 
 // ---- barriers in shared memory, and the copy engine -------------------------------------------------------------
@@ -511,6 +546,8 @@ struct Tile {
     }
 };
 
+constexpr const char* ACROSS = "wgmma: 16 numbers across the end of a row of 128 bytes";
+
 void execute(const GroupProduct& product) {
     static Left left;
     static Right right;
@@ -531,12 +568,17 @@ void execute(const GroupProduct& product) {
         for (int k = 0; k < 16; ++k)
             for (int n = 0; n < product.columns; ++n) right[k][n] = product.lift(b.piece(k, n / 8)[n % 8]);
     } else {
-        Tile a(product.a);
-        if (a.start % 128 > 96 || b.start % 128 > 96) fail("wgmma: 16 numbers across the end of a row of 128 bytes");
-        for (int k = 0; k < 16; ++k) {
-            for (int m = 0; m < 16; ++m) left[m][k] = product.lift(a.piece(16 * (warp() % 4) + m, k / 8)[k % 8]);
-            for (int n = 0; n < product.columns; ++n) right[k][n] = product.lift(b.piece(n, k / 8)[k % 8]);
+        if (b.start % 128 > 96) fail(ACROSS);
+        if (product.left[0] != nullptr) {
+            unpack_left(left, product.left, product.lift);
+        } else {
+            Tile a(product.a);
+            if (a.start % 128 > 96) fail(ACROSS);
+            for (int k = 0; k < 16; ++k)
+                for (int m = 0; m < 16; ++m) left[m][k] = product.lift(a.piece(16 * (warp() % 4) + m, k / 8)[k % 8]);
         }
+        for (int k = 0; k < 16; ++k)
+            for (int n = 0; n < product.columns; ++n) right[k][n] = product.lift(b.piece(n, k / 8)[k % 8]);
     }
     multiply(product.d, left, right, product.columns, product.keep);
 }

@@ -69,6 +69,7 @@ void copy_wait(int pending);
 void load_matrices(uint32_t (&to)[4], uint32_t row, bool transposed);
 using Lift = float (*)(uint16_t);
 void warp_product(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Lift lift);
+uint32_t transposed(uint32_t pair);
 void group_wait(int pending);
 void bulk_wait_read(int pending);
 void group_product(float* d, const uint32_t* a, uint64_t a_tile, uint64_t b_tile, int columns, bool keep, bool flipped, Lift lift);
@@ -108,6 +109,10 @@ template <> inline f16 rounded<f16>(float x) { return {emulated::to_f16(x)}; }
 template <class T> inline uint32_t packed(float first, float second) {
     return rounded<T>(first).bits | static_cast<uint32_t>(rounded<T>(second).bits) << 16;
 }
+uint32_t multiply_pairs(uint32_t a, uint32_t b);
+uint32_t subtract_pairs(uint32_t a, uint32_t b);
+inline uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+inline uint32_t swapped_bytes(uint32_t x) { return (x & 0x00ff00ffu) << 8 | (x >> 8 & 0x00ff00ffu); }
 inline float exp2_fast(float x) {
     float y = exp2f(x);
     return y < 0x1p-126f ? 0.0f : y;
@@ -157,6 +162,7 @@ template <int pending> inline void copy_wait() { emulated::copy_wait(pending); }
 
 inline void load_matrices(uint32_t (&to)[4], uint32_t row) { emulated::load_matrices(to, row, false); }
 inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t row) { emulated::load_matrices(to, row, true); }
+inline uint32_t transposed(uint32_t pair) { return emulated::transposed(pair); }
 template <class T> inline void warp_product(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     emulated::warp_product(d, a, b0, b1, emulated::lift_of<T>());
 }
@@ -182,6 +188,7 @@ void group_fence();
 void group_commit();
 template <int pending> inline void group_wait() { emulated::group_wait(pending); }
 template <int count> inline void settled(float (&)[count]) {}
+template <int rows, int count> inline void settled(uint32_t (&)[rows][count]) {}
 
 template <class T, int N> inline void group_product(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) {
     static_assert(N % 8 == 0 && N >= 8 && N <= 256, "wgmma has these widths");
@@ -195,4 +202,9 @@ template <class T, int N>
 inline void group_product(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int keep) {
     static_assert(N % 8 == 0 && N >= 8 && N <= 256, "wgmma has these widths");
     emulated::group_product(d, a, 0, b, N, keep != 0, true, emulated::lift_of<T>());
+}
+template <class T, int N>
+inline void group_product_along(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int keep) {
+    static_assert(N % 8 == 0 && N >= 8 && N <= 256, "wgmma has these widths");
+    emulated::group_product(d, a, 0, b, N, keep != 0, false, emulated::lift_of<T>());
 }

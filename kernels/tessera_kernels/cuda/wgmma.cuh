@@ -42,6 +42,12 @@ TESSERA_DEVICE void group_product(float (&d)[N / 2], const uint32_t (&a)[4], uin
     Product<T, N>::from_registers(d, a, b, keep);
 }
 
+// d (+)= a b: a from registers, b from shared memory and K-major.
+template <class T, int N>
+TESSERA_DEVICE void group_product_along(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int keep) {
+    Product<T, N>::from_registers_along(d, a, b, keep);
+}
+
 // d (+)= a b: both from shared memory, both MN-major.
 template <class T, int N> TESSERA_DEVICE void group_product_flipped(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) {
     Product<T, N>::both_flipped(d, a, b, keep);
@@ -68,6 +74,13 @@ template <class T, int N> TESSERA_DEVICE void group_product_flipped(float (&d)[N
                 "{\n\t.reg .pred keep;\n\tsetp.ne.b32 keep, " F ", 0;\n\t"                                               \
                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." name "." name " {" TESSERA_LIST##count "}, {" A ", " B \
                 ", " C ", " D "}, " E ", keep, 1, 1, 1;\n\t}"                                                            \
+                : TESSERA_OUT##count : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));                   \
+        }                                                                                                                \
+        static TESSERA_DEVICE void from_registers_along(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int keep) {\
+            asm volatile(                                                                                                \
+                "{\n\t.reg .pred keep;\n\tsetp.ne.b32 keep, " F ", 0;\n\t"                                               \
+                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." name "." name " {" TESSERA_LIST##count "}, {" A ", " B \
+                ", " C ", " D "}, " E ", keep, 1, 1, 0;\n\t}"                                                            \
                 : TESSERA_OUT##count : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));                   \
         }                                                                                                                \
     };

@@ -40,7 +40,7 @@ class Case:
     layout: str = "contiguous"
     values: str = "normal"
     seed: int = 0
-    config: kernel.Config | None = None
+    config: Any = None  # of the module that is judged
 
 
 def cases(gpu: bool) -> SearchStrategy[Case]:
@@ -81,26 +81,27 @@ def _bits_and_group(form: str) -> tuple[int, int | None]:
     return int(word[1:]), int(group) if group else None
 
 
-def _weight(case: Case, given: Tensors) -> QuantWeight:
+def weight_of(case: Case, given: Tensors) -> QuantWeight:
+    """Return the case's weight around its tensors."""
     bits, group = _bits_and_group(case.format)
     return QuantWeight(codes=given["codes"], steps=given["steps"], bits=bits, group=group, width=given["x"].shape[1])
 
 
 def run_kernel(case: Case, given: Tensors) -> Tensors:
     """Run the Triton kernel."""
-    return {"y": kernel.quant_matmul(given["x"], _weight(case, given), config=case.config)}
+    return {"y": kernel.quant_matmul(given["x"], weight_of(case, given), config=case.config)}
 
 
 def run_reference(case: Case, given: Tensors) -> Tensors:
     """Dequantize, then multiply."""
-    return {"y": reference.quant_matmul(given["x"], _weight(case, given))}
+    return {"y": reference.quant_matmul(given["x"], weight_of(case, given))}
 
 
 def magnitudes(case: Case, given: Tensors) -> dict[str, float]:
     """Sums of float32 products may cancel below what float32 resolves; half precision never notices."""
     if case.dtype != "float32" or given["x"].numel() == 0:
         return {}
-    terms = given["x"].double().abs() @ reference.dequantize(_weight(case, given), torch.float64).abs().t()
+    terms = given["x"].double().abs() @ reference.dequantize(weight_of(case, given), torch.float64).abs().t()
     return {"y": float(terms.amax())}
 
 
