@@ -85,5 +85,6 @@ def _expect_finite(x_XD: Tensor) -> None:
         row, column = (int(place) for place in wrong.nonzero()[0])
         raise KernelError(
             f"x_XD[{row}, {column}] = {float(x_XD[row, column])}: expected finite numbers, because a scale comes from the "
-            f"largest one ({int(wrong.sum())} are not finite); try check_finite=False to let NaN through"
+            f"largest one ({int(wrong.sum())} are not finite); try the checkpoint before the one that diverged, or "
+            "check_finite=False to let NaN through"
         )

@@ -82,10 +82,12 @@ def launch(
     arguments: Sequence[Argument],
     like: Tensor,
     shared_bytes: int = 0,
+    early: bool = False,
 ) -> None:
     """Run `kernel` over `grid` blocks of `block` threads (a number lies along x) where `like` lies, and do not wait for it.
 
-    `arguments` in the kernel's order: a Tensor or None is a pointer, an int 32 bits, a float 32 bits. Raises
+    `arguments` in the kernel's order: a Tensor or None is a pointer, an int 32 bits, a float 32 bits. `early`: it may start
+    while the kernel before it still runs, and waits for that one's memory itself (`wait_for_kernel_before`). Raises
     `KernelError`, in one line, for what the driver or the emulator refuses.
     """
     memory, layout = _packed(arguments)
@@ -93,7 +95,7 @@ def launch(
     if like.is_cuda:
         with on_device(like), _range(kernel):
             addresses = ctypes.addressof(memory) + layout.addresses_at
-            _launch_on_gpu(kernel, grid, shape, shared_bytes, addresses, like.device)
+            _launch_on_gpu(kernel, grid, shape, shared_bytes, addresses, like.device, early)
     else:
         _emulate(kernel, grid, shape, shared_bytes, ctypes.addressof(memory) + layout.addresses_at, layout.sizes)
 
@@ -152,16 +154,31 @@ def _one(kind: type) -> tuple[str, Callable[[Any], Any], int]:
 
 
 def _launch_on_gpu(
-    kernel: Kernel, grid: Size, block: Size, shared_bytes: int, addresses: int, device: torch.device
+    kernel: Kernel, grid: Size, block: Size, shared_bytes: int, addresses: int, device: torch.device, early: bool
 ) -> None:
     _enter_context(device)
     driver, function = _function(kernel, device, shared_bytes > SHARED_BYTES_UNASKED)
     stream = torch.cuda.current_stream(device).cuda_stream
-    (status,) = driver.cuLaunchKernel(function, *grid, *block, shared_bytes, stream, addresses, 0)
+    if early:
+        (status,) = driver.cuLaunchKernelEx(_early(driver, grid, block, shared_bytes, stream), function, addresses, 0)
+    else:
+        (status,) = driver.cuLaunchKernel(function, *grid, *block, shared_bytes, stream, addresses, 0)
     if status:
         raise _driver_error(
             driver, status, f"launch of {kernel.title} ({grid} blocks of {block}, {shared_bytes} bytes)"
         )
+
+
+def _early(driver: Any, grid: Size, block: Size, shared_bytes: int, stream: int) -> Any:
+    """Return a launch with the attribute of programmatic dependent launch."""
+    config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = block
+    config.sharedMemBytes, config.hStream = shared_bytes, stream
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 def _enter_context(device: torch.device) -> None:

@@ -112,6 +112,9 @@ TESSERA_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xf
 TESSERA_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 TESSERA_DEVICE bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }
 TESSERA_DEVICE int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }  // lets the compiler keep x scalar
+// The next kernel in the stream may start, if it was launched `early`; that one waits for all that this one writes. sm_90.
+TESSERA_DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+TESSERA_DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // Registers a thread of this warpgroup may use from here on; all four warps call it.
 template <int count> TESSERA_DEVICE void fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));

@@ -136,6 +136,8 @@ inline bool any_in_warp(bool x) {
     for (int mask = 1; mask < 32; mask *= 2) any += shuffle_xor(any, mask);
     return any > 0.0f;
 }
+inline void let_next_start() {}  // here kernels run one after the other
+inline void wait_for_kernel_before() {}
 template <int count> inline void fewer_registers() {
     static_assert(count % 8 == 0 && count >= 24 && count <= 256, "setmaxnreg takes multiples of 8 from 24 to 256");
     emulated::set_registers(count);

@@ -229,6 +229,7 @@ TESSERA_KERNEL(THREADS) quant_matmul(
     TESSERA_SHARED(memory);
     Tiles& tiles = *reinterpret_cast<Tiles*>(memory);
     const Problem p = {steps, rows, outputs, tiles_of_inputs, groups, blocks_x, blocks_f, splits, tiles_per_split};
+    if (parts != nullptr) let_next_start();
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(&tiles.full[stage], 1);

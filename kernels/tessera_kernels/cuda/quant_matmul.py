@@ -196,7 +196,7 @@ def _run(x_XD: Tensor, codes: Tensor, steps: Tensor, bits: int, group: int, sett
         count = rows * outputs
         across = -(-count // (2 * ADDING_THREADS))
         given: list[Argument] = [parts, y_XF, Int64(count), splits]
-        launch(adding_kernel(), grid=(across, 1, 1), block=ADDING_THREADS, arguments=given, like=x)
+        launch(adding_kernel(), grid=(across, 1, 1), block=ADDING_THREADS, arguments=given, like=x, early=True)
     return y_XF
 
 
@@ -247,7 +247,7 @@ def few_kernel(bits: int, group: int, block_x: int, block_f: int, stages: int) -
 @functools.cache
 def adding_kernel() -> Kernel:
     """Return the kernel that adds partial sums."""
-    return Kernel("quant_matmul_parts.cu", "add_parts")
+    return Kernel("quant_matmul_parts.cu", "add_parts", needs="sm_90a")
 
 
 def specializations() -> list[Kernel]:
