@@ -1,11 +1,13 @@
 """The fast path's wiring: `tessera_torch.fast` over the kernels' references, all in float64, against oracle and plain
-half.
+half. Packed weights are held against the oracle on the weights written out.
 
 With references in place of kernels nothing rounds but float64, so the question is the first one: same mathematics. What
-the kernels round is asked by the op `fast_path` of `kernel_cases`.
+the kernels round is asked by the ops `fast_path` and `packed_decode` of `kernel_cases`.
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,9 @@ OBJECTIVES = (
     Objective(distil=DistilOptions(divergence=Divergence.GENERALIZED_JSD, beta=0.3, hard_weight=0.25, temperature=1.5)),
     Objective(distil=DistilOptions(divergence=Divergence.SKEW_KL, alpha=0.2)),
 )
+
+PACKED = ("w4", "w8", "w8g128")
+"""Formats whose products are exact in float64; `fp8` rounds activations."""
 
 OPTIONS = AdamWOptions(clip_norm=0.5)
 ROWS, LENGTH = 2, 9
@@ -68,10 +73,11 @@ class Worst:
 
 
 def fast_checks(context: Context) -> Iterator[Check]:
-    """Yield logits, gradients, one update and generated tokens of the fast path's wiring."""
+    """Yield logits, logits from packed weights, gradients, one update and generated tokens of the fast path's wiring."""
     half = context.torch
     assert half is not None, "the subject looked"
     logits = Worst("logits", ("numpy", "torch fast"))
+    packed = Worst("steps with packed weights", ("numpy", "torch fast"))
     grads = Worst("loss and gradients", ("torch", "torch fast"))
     updates = Worst("weights and moments after an update", ("torch", "torch fast"))
     tokens = Equalities("kernels", "fast path: tokens", ("torch", "torch fast"))
@@ -86,6 +92,8 @@ def fast_checks(context: Context) -> Iterator[Check]:
             fast_logits(half, spec, arrays, batch), oracle_logits(context.numpy, spec, arrays, batch), limit, where
         )
         objective = OBJECTIVES[index % len(OBJECTIVES)]
+        form = PACKED[index % len(PACKED)]
+        packed.add(*packed_and_written(context.numpy, half, spec, arrays, batch, form), limit, f"{where}, {form}")
         ours, theirs = (
             step_of(half, spec, arrays, batch, objective, rng_seed=index, fast=fast) for fast in (True, False)
         )
@@ -96,6 +104,7 @@ def fast_checks(context: Context) -> Iterator[Check]:
             tokens_of(half, spec, arrays, batch, fast=True), tokens_of(half, spec, arrays, batch, fast=False), where
         )
     yield logits.check()
+    yield packed.check()
     yield grads.check()
     yield updates.check()
     yield tokens.check("greedy and sampled, one after another through pages")
@@ -139,6 +148,43 @@ def oracle_logits(oracle: Half, spec: ModelSpec, arrays: Arrays, batch: Batch) -
         segments_BT=batch.segments_BT,
     )  # fmt: skip
     return {"logits": logits_BTV[batch.segments_BT >= 0]}
+
+
+def packed_and_written(
+    oracle: Half, half: Half, spec: ModelSpec, arrays: Arrays, batch: Batch, form: str
+) -> tuple[Arrays, Arrays]:
+    """Return logits from packed weights, one step a token after a prompt of 4, and the oracle's from the same weights
+    written out."""
+    from tessera_kernels.quant_weight import dequantize  # here, because the harness is read without torch too
+
+    ids_BT = half.array(batch.token_ids_BT)
+    held = half.module("fast.packed_weights").pack_model(
+        arrays, weights=form, spec=spec, numerics=FLOAT64, device=half.device
+    )
+    ops = half.module("kernels").reference_ops()
+    project = half.module("fast.projections").packed_projections(held.params, held.packed, ops.packed())
+    ours_BTV = paged_logits(
+        half.module("fast.decode"), held.params, ids_BT, prompt=4, spec=spec, numerics=FLOAT64, ops=ops, project=project
+    )
+    written = {name: half.numpy(dequantize(weight, ours_BTV.dtype)) for name, weight in held.packed.items()}
+    theirs_BTV = oracle.module("model.transformer").forward(
+        arrays | written, batch.token_ids_BT, spec=spec, numerics=FLOAT64
+    )
+    return {"logits": half.numpy(ours_BTV)}, {"logits": theirs_BTV[:, 3:]}
+
+
+def paged_logits(decode: ModuleType, params: Mapping[str, Any], ids_BT: Any, *, prompt: int, **given: Any) -> Any:
+    """Return the logits of the prompt's last position and of every later token, one step each, [B, 1 + steps, V].
+
+    `decode` is `tessera_torch.fast.decode` of some copy of the half; `given` is what its `forward_paged` takes besides.
+    """
+    rows, length = ids_BT.shape
+    cache = decode.empty_pages(params, spec=given["spec"], numerics=given["numerics"], batch=rows, capacity=length)
+    given["tools"] = given["ops"].decode()
+    bounds = [0, *range(prompt, length + 1)]
+    return decode.torch.stack(
+        [decode.forward_paged(params, ids_BT[:, a:b], cache, start=a, **given) for a, b in pairwise(bounds)], dim=1
+    )
 
 
 def step_of(

@@ -52,6 +52,12 @@ def num_parameters(spec: ModelSpec) -> int:
     return total
 
 
+def projection_names(spec: ModelSpec) -> list[str]:
+    """Return the weights of every layer's seven projections, in the table's order: what formats of few bits replace."""
+    tables = (EMBEDDING, UNEMBEDDING)
+    return [name for name, info in tensor_table(spec).items() if len(info.shape) == 2 and name not in tables]
+
+
 def _layer_rows(spec: ModelSpec, prefix: str) -> list[TensorInfo]:
     query_rows, kv_rows = spec.num_heads * spec.head_width, spec.num_kv_heads * spec.head_width
     attention, mlp = prefix + "self_attn.", prefix + "mlp."

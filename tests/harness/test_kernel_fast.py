@@ -19,7 +19,7 @@ def context() -> Context:
 
 def test_the_fast_path_computes_what_the_plain_half_computes(context: Context) -> None:
     checks = list(fast_checks(context))
-    assert len(checks) == 4
+    assert len(checks) == 5
     assert [check.name for check in checks if check.verdict is not Verdict.PARITY] == []
     assert all(check.compared > 100 for check in checks)
 
@@ -37,6 +37,8 @@ def test_the_fast_path_computes_what_the_plain_half_computes(context: Context) -
         ("step", "step=state.step_count,", "step=state.step_count + 1,", "update"),
         ("decode", "cache.lengths_B.fill_(start + length)", "cache.lengths_B.fill_(start)", "tokens"),
         ("decode", "layout.positions_BT + start", "layout.positions_BT", "tokens"),
+        ("projections", "return y if bias_F is None else y + bias_F", "return y", "packed"),
+        ("packed_weights", "rest = {name: array for", "rest = {name: array * (1.0 + 1e-9) for", "packed"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_wiring_is_seen(context: Context, file: str, find: str, replace: str, seen_in: str) -> None:

@@ -5,7 +5,7 @@
 not; a choice that was asked for by name and cannot run raises.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,6 +23,11 @@ from tessera_shared.spec import ModelSpec
 WIDEST_HEAD = 256
 
 HOPPER = (9, 0)
+FIRST_WITH_E4M3 = (8, 9)
+
+IN_CUDA = ("flash_attention", "rms_norm")
+"""Operations that `cuda` takes in CUDA C++. Not `quant_matmul`: that one wants a Hopper GPU, these run since Ampere."""
+
 FASTER_IN_CUDA = ("flash_attention",)
 """Operations whose CUDA C++ kernels an H200 ran faster than the Triton ones (docs/kernels.md, section 4): what `auto` takes."""
 
@@ -42,6 +47,7 @@ class Ops:
     linear_distillation: Callable[..., Any]
     adamw_flat_: Callable[..., Any]
     decode: Callable[[], "DecodeOps"]  # imports what only generation needs
+    packed: Callable[[], "PackedOps"]  # imports what only packed weights need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,14 @@ class DecodeOps:
 
     paged_attention: Callable[..., Any]
     sample: Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedOps:
+    """The products with packed weights: see `tessera_torch.fast.packed_weights`."""
+
+    quant_matmul: Callable[..., Any]
+    fp8_matmul: Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,25 +83,28 @@ def choose(
     objective: Objective | None = None,
     teacher: ModelSpec | None = None,
     compiled: bool = False,
+    weights: str | None = None,
 ) -> Choice:
     """Return what `kernels` ("auto", "triton", "cuda", "reference") means here; `why` is for a person to read, once.
 
+    The plain model has no packed weights: with a format in `weights`, `reference` is the kernels' references.
     Raises `KernelError` for an unknown choice or one that this model or objective rules out, and `MissingDependency`
     where the compiler or the GPU is missing. `auto` never raises.
     """
     check_kernels(kernels, backend="torch")
+    plain = None if weights is None else reference_ops()
     if kernels == "reference":
-        return Choice(ops=None, why="kernels: reference (plain torch), as asked")
+        return Choice(ops=plain, why="kernels: reference (plain torch), as asked")
     found = obstacles(
         device=device, numerics=numerics, spec=spec, objective=objective, teacher=teacher, compiled=compiled,
-        interpreter=kernels != "auto",
+        weights=weights, interpreter=kernels != "auto",
     )  # fmt: skip
     obstacle = next(found, None)
     if kernels == "cuda" and obstacle is None:
         obstacle = next(_cuda_obstacles(device, numerics), None)
     if kernels == "auto":
         if obstacle is not None:
-            return Choice(ops=None, why=f"kernels: auto took reference (plain torch), because {_reason(obstacle)}")
+            return Choice(ops=plain, why=f"kernels: auto took reference (plain torch), because {_reason(obstacle)}")
         return _fastest(device, numerics)
     if obstacle is not None:
         raise obstacle
@@ -116,6 +133,7 @@ def obstacles(
     objective: Objective | None = None,
     teacher: ModelSpec | None = None,
     compiled: bool = False,
+    weights: str | None = None,
     interpreter: bool = False,
 ) -> Iterator[MissingDependency | KernelError]:
     """Yield every reason why the kernels cannot run this model here, as the error to raise.
@@ -134,6 +152,9 @@ def obstacles(
         yield MissingDependency("device = 'cuda': expected a GPU, because torch sees none here; try --device cpu")
     if numerics.compute not in ("bfloat16", "float32"):
         yield _refusal("dtype", numerics.compute, "bfloat16 or float32", "the kernels compute in float32 inside")
+    if weights == "fp8" and _is_before(device, FIRST_WITH_E4M3):
+        name = torch.cuda.get_device_name(device)
+        yield _refusal("weights", "fp8", "another format", f"the tensor cores of {name} have no products of E4M3")
     if compiled:
         yield _refusal("compile", True, "--no-compile", "the fused step writes its state in place")
     for name, model in (("head_width", spec), ("the teacher's head_width", teacher)):
@@ -155,11 +176,16 @@ def _cuda_obstacles(device: str, numerics: Numerics) -> Iterator[MissingDependen
             f"dtype = {numerics.compute} with kernels = 'cuda': expected bfloat16, because its attention is a product of "
             "16-bit numbers; try kernels='triton'"
         )
-    if device.startswith("cuda") and torch.cuda.get_device_capability(device) < (8, 0):
+    if _is_before(device, (8, 0)):
         yield MissingDependency(
             f"device = {torch.cuda.get_device_name(device)!r}: expected compute capability 8.0 or newer, because the sources "
             "use its instructions; try kernels='reference'"
         )
+
+
+def _is_before(device: str, capability: tuple[int, int]) -> bool:
+    """Is it a GPU of an older compute capability?"""
+    return device.startswith("cuda") and torch.cuda.get_device_capability(device) < capability
 
 
 def _objective_obstacles(objective: Objective, spec: ModelSpec, teacher: ModelSpec | None) -> Iterator[KernelError]:
@@ -185,17 +211,17 @@ def _objective_obstacles(objective: Objective, spec: ModelSpec, teacher: ModelSp
 
 def triton_ops() -> Ops:
     """Return the Triton kernels. Imports triton."""
-    return _ops("triton")
+    return _ops("triton", "triton")
 
 
 def cuda_ops() -> Ops:
-    """Return the CUDA C++ kernels, and the Triton kernel of each op that has none. Imports triton."""
-    return _ops("cuda", "triton")
+    """Return the Triton kernels, but CUDA C++ for the operations of `IN_CUDA`. Imports triton."""
+    return _ops("cuda", "triton", in_cuda=IN_CUDA)
 
 
 def fastest_ops() -> Ops:
     """Return the Triton kernels, but CUDA C++ for the operations of `FASTER_IN_CUDA`. Imports triton."""
-    return _ops("triton", first=dict.fromkeys(FASTER_IN_CUDA, "cuda"))
+    return _ops("triton", "triton", in_cuda=FASTER_IN_CUDA)
 
 
 def reference_ops() -> Ops:
@@ -203,23 +229,18 @@ def reference_ops() -> Ops:
 
     This is what the wiring of `tessera_torch.fast` is held against the oracle with.
     """
-    return _ops("reference")
+    return _ops("reference", "reference")
 
 
-def _ops(*rooms: str, first: Mapping[str, str] | None = None) -> Ops:
-    """Return the operations of `tessera_kernels`, each from the first of these rooms that has a file of its name.
-
-    `first` names operations that are looked for in a room of their own before.
-    """
-    preferred = first or {}
+def _ops(name: str, room: str, *, in_cuda: Sequence[str] = ()) -> Ops:
+    """Return the operations of this room of `tessera_kernels`, but those of `in_cuda` from the room `cuda`."""
 
     def file(op: str) -> Any:
-        places = (f"tessera_kernels.{room}.{op}" for room in (preferred.get(op, rooms[0]), *rooms))
-        return import_module(next(place for place in places if find_spec(place) is not None))
+        return import_module(f"tessera_kernels.{'cuda' if op in in_cuda else room}.{op}")
 
     attention, norm = file("flash_attention"), file("rms_norm")
     return Ops(
-        name=rooms[0],
+        name=name,
         flash_attention=attention.flash_attention,
         flash_attention_varlen=attention.flash_attention_varlen,
         rms_norm=norm.rms_norm,
@@ -230,6 +251,9 @@ def _ops(*rooms: str, first: Mapping[str, str] | None = None) -> Ops:
         linear_distillation=file("linear_distillation").linear_distillation,
         adamw_flat_=file("adamw").adamw_flat_,
         decode=lambda: DecodeOps(paged_attention=file("paged_attention").paged_attention, sample=file("sample").sample),
+        packed=lambda: PackedOps(
+            quant_matmul=file("quant_matmul").quant_matmul, fp8_matmul=file("fp8_matmul").fp8_matmul
+        ),
     )
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from tessera_shared.text_stream import stream_text
 from tessera_shared.tokens import Tokenizer
 from tessera_shared.validate import validate_generation
 from tessera_shared.validate_text import check_vocabulary
+from tessera_shared.weight_choice import check_weights
 from tessera_shared.weights import LoadedModel, load_model
 
 SAMPLING_STREAM = "generate"
@@ -44,6 +44,13 @@ def generate(
     kernels: Annotated[
         str | None, typer.Option(help="What the torch half computes with: triton, cuda, reference (default auto).")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Quantize the projections (torch half): w8, w8g128, w4 or fp8 (default: as stored). Embeddings, unembedding, "
+            "norms and biases stay."
+        ),
+    ] = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on past an end-of-text token.")] = False,
     as_ids: Annotated[bool, typer.Option("--ids", help="Print a JSON object of token ids instead of text.")] = False,
 ) -> None:
@@ -65,6 +72,7 @@ def generate(
         dtype=dtype,
         device=device,
         kernels=kernels,
+        weights=weights,
     )
     ends = set() if ignore_end else {*model.end_token_ids, model.spec.eos_token_id}
     new_ids = takewhile(lambda token: token not in ends, stream)
@@ -101,6 +109,7 @@ def streamed_ids(
     dtype: str,
     device: str,
     kernels: str | None = "reference",
+    weights: str | None = None,
 ) -> Iterator[int]:
     """Return an iterator over the ids that a half generates, each when it is known.
 
@@ -108,17 +117,17 @@ def streamed_ids(
     """
     numerics = numerics_for(dtype)
     check_kernels(kernels or "auto", backend=backend)
+    check_weights(weights, backend=backend, dtype=dtype)
     shape = (1, num_tokens)  # checked before the framework is imported, which takes seconds
     validate_generation(
         (1, len(prompt_ids)), model.spec, num_tokens=num_tokens, uniforms_shape=shape, temperature=temperature
     )
-    decode, params, process = (load_half_module(backend, name) for name in ("serve.decode", "model.params", "process"))
+    process = load_half_module(backend, "process")
     process.prepare_process(numerics, device=device)
     kind = "float64" if dtype == "float64" else "float32"
     uniforms_BT = uniforms(stream_key(seed, SAMPLING_STREAM), 0, num_tokens, dtype=kind)[None]
-    stream_tokens = _stream_tokens(decode, kernels, backend=backend, device=device, numerics=numerics, spec=model.spec)
+    stream_tokens = _stream_tokens(model, kernels, weights, backend=backend, device=device, numerics=numerics)
     stream = stream_tokens(
-        params.params_from_numpy(model.arrays, dtype=numerics.compute, device=device),
         process.array_from_numpy(np.array([prompt_ids], dtype=np.int32), device=device),
         spec=model.spec,
         numerics=numerics,
@@ -133,17 +142,30 @@ def streamed_ids(
 
 
 def _stream_tokens(
-    decode: ModuleType, kernels: str | None, *, backend: str, device: str, numerics: Numerics, spec: ModelSpec
+    model: LoadedModel, kernels: str | None, weights: str | None, *, backend: str, device: str, numerics: Numerics
 ) -> Callable[..., Iterator[Any]]:
-    """Return the half's generator of tokens, or the one built of kernels; say once which was chosen and why."""
-    plain: Callable[..., Iterator[Any]] = decode.stream_tokens
-    if backend != "torch":
-        return plain
-    choice = load_half_module("torch", "kernels").choose(kernels or "auto", device=device, numerics=numerics, spec=spec)
-    tell_choice(choice.why, kernels, device=device, say=partial(typer.echo, err=True))
-    return (
-        plain if choice.ops is None else partial(load_half_module("torch", "fast.decode").stream_tokens, ops=choice.ops)
+    """Return the half's generator of tokens with the model's weights, or the one built of kernels; say once which was
+    chosen and why, and what became of the weights."""
+    say = partial(typer.echo, err=True)
+    ops = None
+    if backend == "torch":
+        choice = load_half_module("torch", "kernels").choose(
+            kernels or "auto", device=device, numerics=numerics, spec=model.spec, weights=weights
+        )
+        tell_choice(choice.why, kernels, device=device, say=say)
+        ops = choice.ops
+    if weights is not None:
+        held = load_half_module("torch", "fast.packed_weights").pack_model(
+            model.arrays, weights=weights, spec=model.spec, numerics=numerics, device=device
+        )
+        say(held.told)
+        return partial(load_half_module("torch", "fast.decode").stream_tokens, held.params, packed=held.packed, ops=ops)
+    params = load_half_module(backend, "model.params").params_from_numpy(
+        model.arrays, dtype=numerics.compute, device=device
     )
+    if ops is None:
+        return partial(load_half_module(backend, "serve.decode").stream_tokens, params)
+    return partial(load_half_module("torch", "fast.decode").stream_tokens, params, ops=ops)
 
 
 def _tokenizer(model: LoadedModel, named: Path | None) -> Tokenizer:

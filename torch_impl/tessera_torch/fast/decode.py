@@ -1,7 +1,7 @@
 """Generation over a paged cache: prefill by dense attention, then one token a step by paged attention and the sampling
 kernel. Nothing waits for the device between two tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,10 +12,12 @@ from tessera_shared.spec import ModelSpec
 from tessera_shared.tensors import EMBEDDING, FINAL_NORM, layer_prefix
 from tessera_shared.validate import validate_generation, validate_token_ids
 from tessera_torch.fast.layout import Layout, dense_layout
-from tessera_torch.fast.transformer import Norm, Params, attention_out, logits, mlp, norm_of, qkv
+from tessera_torch.fast.packed_weights import PackedWeight
+from tessera_torch.fast.projections import Project, packed_projections, projections
+from tessera_torch.fast.transformer import Norm, attention_out, logits, mlp, norm_of, qkv
 from tessera_torch.kernels import DecodeOps, Ops
 from tessera_torch.model.dtypes import dtype_of
-from tessera_torch.model.params import compute_params
+from tessera_torch.model.params import Params, compute_params
 from tessera_torch.model.rope import rope_tables
 from tessera_torch.model.transformer import embed
 
@@ -53,11 +55,12 @@ def forward_paged(
     numerics: Numerics,
     ops: Ops,
     tools: DecodeOps,
+    project: Project,
 ) -> Tensor:
     """Write keys and values of positions `start` .. `start + T - 1` and return the last position's logits, `[B, V]`.
 
-    From an empty cache (start 0) any T; later one token a call. `params` are in the compute dtype. `cache` is written in
-    place, its lengths included.
+    From an empty cache (start 0) any T; later one token a call. `params` are in the compute dtype; weights of projections
+    are `project`'s business. `cache` is written in place, its lengths included.
     """
     rows, length = token_ids_BT.shape
     layout = _moved(dense_layout(rows, length, device=token_ids_BT.device), start)
@@ -70,11 +73,12 @@ def forward_paged(
         prefix = layer_prefix(layer)
         x_BTD, stream_BTD = normed(change_BTD, stream_BTD, params[prefix + "input_layernorm.weight"])
         mix_BTNH = _attend(
-            params, x_BTD, cache, cos_BTH, sin_BTH, layer, start, spec=spec, ops=ops, tools=tools, normed=normed
-        )
-        mixed_BTD = attention_out(params, mix_BTNH, layer=layer)
+            params, x_BTD, cache, cos_BTH, sin_BTH, layer, start, spec=spec, ops=ops, tools=tools, normed=normed,
+            project=project,
+        )  # fmt: skip
+        mixed_BTD = attention_out(mix_BTNH, layer=layer, project=project)
         x_BTD, stream_BTD = normed(mixed_BTD, stream_BTD, params[prefix + "post_attention_layernorm.weight"])
-        change_BTD = mlp(params, x_BTD, layer=layer, ops=ops)
+        change_BTD = mlp(x_BTD, layer=layer, ops=ops, project=project)
     last_BD = stream_BTD[:, -1].contiguous()
     hidden_BD, _ = normed(None if change_BTD is None else change_BTD[:, -1].contiguous(), last_BD, params[FINAL_NORM])
     return logits(params, hidden_BD, spec=spec, numerics=numerics)
@@ -88,6 +92,7 @@ def stream_tokens(
     numerics: Numerics,
     num_tokens: int,
     ops: Ops,
+    packed: Mapping[str, PackedWeight] | None = None,
     uniforms_BT: Tensor | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -96,6 +101,7 @@ def stream_tokens(
 ) -> Iterator[Tensor]:
     """Return an iterator over the `num_tokens` int32 tokens (B,) that follow prompts of equal length.
 
+    With `packed` (see `pack_model`) the projections' weights are there and not among `params`.
     The same errors as `tessera_torch.serve.decode.stream_tokens`, raised by the call.
     """
     validate_token_ids(prompt_ids_BT.cpu().numpy(), spec)
@@ -106,7 +112,7 @@ def stream_tokens(
     if uniforms_BT is None:
         uniforms_BT = torch.zeros((prompt_ids_BT.shape[0], num_tokens), device=prompt_ids_BT.device)
     law = Law(temperature, top_k, top_p, min_p)
-    return _tokens(params, prompt_ids_BT, uniforms_BT, law, spec=spec, numerics=numerics, ops=ops)
+    return _tokens(params, packed, prompt_ids_BT, uniforms_BT, law, spec=spec, numerics=numerics, ops=ops)
 
 
 class Law(NamedTuple):
@@ -120,6 +126,7 @@ class Law(NamedTuple):
 
 def _tokens(
     params: Params,
+    packed: Mapping[str, PackedWeight] | None,
     prompt_ids_BT: Tensor,
     uniforms_BT: Tensor,
     law: Law,
@@ -133,11 +140,20 @@ def _tokens(
     with torch.inference_mode():
         params = compute_params(params, numerics=numerics)
         cache = empty_pages(params, spec=spec, numerics=numerics, batch=rows, capacity=end)
+    project = projections(params) if packed is None else packed_projections(params, packed, ops.packed())
     tokens_BT, start, tools = prompt_ids_BT, 0, ops.decode()
     for stop in range(prompt, end):
         with torch.inference_mode():
             logits_BV = forward_paged(
-                params, tokens_BT, cache, start=start, spec=spec, numerics=numerics, ops=ops, tools=tools
+                params,
+                tokens_BT,
+                cache,
+                start=start,
+                spec=spec,
+                numerics=numerics,
+                ops=ops,
+                tools=tools,
+                project=project,
             )
             ids_B = tools.sample(
                 logits_BV, uniforms_BT[:, stop - prompt].contiguous(), temperature=law.temperature, top_k=law.top_k,
@@ -160,8 +176,9 @@ def _attend(
     ops: Ops,
     tools: DecodeOps,
     normed: Norm,
+    project: Project,
 ) -> Tensor:
-    q, k, v = qkv(params, x_BTD, layer=layer, spec=spec, normed=normed)
+    q, k, v = qkv(params, x_BTD, layer=layer, spec=spec, normed=normed, project=project)
     q, k = ops.apply_rope_(q, k, cos_BTH, sin_BTH)
     length, window, softcap = x_BTD.shape[1], spec.window_of(layer), spec.attention_softcap
     for pages, new in ((cache.keys[layer], k), (cache.values[layer], v)):

@@ -10,8 +10,9 @@ from tessera_shared.objectives import IGNORE_INDEX, Denominator, DistilOptions, 
 from tessera_shared.spec import ModelSpec
 from tessera_torch.distil.teacher import Teacher
 from tessera_torch.fast.layout import Layout, layout_of
-from tessera_torch.fast.transformer import Params, hidden_states, unembedding
+from tessera_torch.fast.transformer import hidden_states, unembedding
 from tessera_torch.kernels import Ops
+from tessera_torch.model.params import Params
 
 
 def training_loss(

@@ -3,7 +3,7 @@
 The same mathematics as `tessera_torch.model.transformer`; where it rounds differs, as the kernels' docstrings say.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,14 +14,13 @@ from tessera_shared.numerics import Numerics
 from tessera_shared.spec import ModelSpec
 from tessera_shared.tensors import EMBEDDING, FINAL_NORM, UNEMBEDDING, layer_prefix
 from tessera_torch.fast.layout import Layout, dense_layout, layout_of
+from tessera_torch.fast.projections import Project, projections
 from tessera_torch.kernels import Ops
 from tessera_torch.model.dtypes import dtype_of
-from tessera_torch.model.linear import linear
-from tessera_torch.model.params import compute_params
+from tessera_torch.model.params import Params, compute_params
 from tessera_torch.model.rope import rope_tables
 from tessera_torch.model.transformer import embed
 
-Params = Mapping[str, Tensor]
 Norm = Callable[[Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]
 """See `norm_of`."""
 
@@ -86,11 +85,11 @@ def hidden_states(
     `recompute` keeps each block's input alone for the backward pass.
     """
     cos_BTH, sin_BTH = rope_tables(layout.positions_BT, spec=spec, numerics=numerics)
-    normed = norm_of(spec, numerics, ops)
+    normed, project = norm_of(spec, numerics, ops), projections(params)
     stream_BTD = embed(token_ids_BT, params[EMBEDDING])
     change_BTD: Tensor | None = None  # what the next norm adds to the residual stream
     for layer in range(spec.num_layers):
-        step = partial(_block, params, layer=layer, layout=layout, spec=spec, ops=ops, normed=normed)
+        step = partial(_block, params, layer=layer, layout=layout, spec=spec, ops=ops, normed=normed, project=project)
         if recompute:
             change_BTD, stream_BTD = checkpoint(step, change_BTD, stream_BTD, cos_BTH, sin_BTH, use_reentrant=False)
         else:
@@ -98,30 +97,28 @@ def hidden_states(
     return normed(change_BTD, stream_BTD, params[FINAL_NORM])[0]
 
 
-def qkv(params: Params, x_BTD: Tensor, *, layer: int, spec: ModelSpec, normed: Norm) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(
+    params: Params, x_BTD: Tensor, *, layer: int, spec: ModelSpec, normed: Norm, project: Project
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values `[B, T, N|K, H]` before the rotation."""
     prefix = layer_prefix(layer) + "self_attn."
-    q, k, v = (_heads(params, x_BTD, f"{prefix}{which}_proj.", spec.head_width) for which in "qkv")
+    q, k, v = (_heads(project(f"{prefix}{which}_proj", x_BTD), spec.head_width) for which in "qkv")
     if spec.qk_norm:
         q, _ = normed(None, q, params[prefix + "q_norm.weight"])
         k, _ = normed(None, k, params[prefix + "k_norm.weight"])
     return q, k, v
 
 
-def attention_out(params: Params, mix_BTNH: Tensor, *, layer: int) -> Tensor:
+def attention_out(mix_BTNH: Tensor, *, layer: int, project: Project) -> Tensor:
     """Return the output projection of the heads' mixes."""
-    prefix = layer_prefix(layer) + "self_attn."
-    return linear(mix_BTNH.flatten(-2), params[prefix + "o_proj.weight"], params.get(prefix + "o_proj.bias"))
+    return project(layer_prefix(layer) + "self_attn.o_proj", mix_BTNH.flatten(-2))
 
 
-def mlp(params: Params, x_BTD: Tensor, *, layer: int, ops: Ops) -> Tensor:
+def mlp(x_BTD: Tensor, *, layer: int, ops: Ops, project: Project) -> Tensor:
     """Gate and up projections, SwiGLU and down projection of one layer, the norm before them left out."""
     prefix = layer_prefix(layer) + "mlp."
-
-    def project(which: str, x: Tensor) -> Tensor:
-        return linear(x, params[f"{prefix}{which}_proj.weight"], params.get(f"{prefix}{which}_proj.bias"))
-
-    return project("down", ops.swiglu(project("gate", x_BTD), project("up", x_BTD)))
+    gate_BTF, up_BTF = project(prefix + "gate_proj", x_BTD), project(prefix + "up_proj", x_BTD)
+    return project(prefix + "down_proj", ops.swiglu(gate_BTF, up_BTF))
 
 
 def norm_of(spec: ModelSpec, numerics: Numerics, ops: Ops) -> Norm:
@@ -149,16 +146,17 @@ def _block(
     spec: ModelSpec,
     ops: Ops,
     normed: Norm,
+    project: Project,
 ) -> tuple[Tensor, Tensor]:
     """One layer; what it would add to the stream comes back apart, for the next norm to add."""
     prefix = layer_prefix(layer)
     x_BTD, stream_BTD = normed(change_BTD, stream_BTD, params[prefix + "input_layernorm.weight"])
-    q, k, v = qkv(params, x_BTD, layer=layer, spec=spec, normed=normed)
+    q, k, v = qkv(params, x_BTD, layer=layer, spec=spec, normed=normed, project=project)
     q, k = ops.apply_rope_(q, k, cos_BTH, sin_BTH)
     mix_BTNH = _attend(q, k, v, layout, window=spec.window_of(layer), spec=spec, ops=ops)
-    mixed_BTD = attention_out(params, mix_BTNH, layer=layer)
+    mixed_BTD = attention_out(mix_BTNH, layer=layer, project=project)
     x_BTD, stream_BTD = normed(mixed_BTD, stream_BTD, params[prefix + "post_attention_layernorm.weight"])
-    return mlp(params, x_BTD, layer=layer, ops=ops), stream_BTD
+    return mlp(x_BTD, layer=layer, ops=ops, project=project), stream_BTD
 
 
 def _attend(
@@ -175,6 +173,5 @@ def _attend(
     return mix_XNH.view(q_BTNH.shape)
 
 
-def _heads(params: Params, x_BTD: Tensor, name: str, head_width: int) -> Tensor:
-    y = linear(x_BTD, params[name + "weight"], params.get(name + "bias"))
+def _heads(y: Tensor, head_width: int) -> Tensor:
     return y.view(*y.shape[:-1], -1, head_width)
