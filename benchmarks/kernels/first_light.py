@@ -285,6 +285,27 @@ def _packed_weight(form: str, rows: int, splits: int) -> Check:
     yield from _compare(ours, usual, (_random(rows, width, seed=1),), names="y", length=width)
 
 
+def _distillation() -> Check:
+    """Logits of two models in one launch, and the sum of d head over two chunks."""
+    import torch
+
+    from tessera_kernels.cuda.linear_distillation import linear_distillation
+    from tessera_kernels.reference.linear_distillation import linear_distillation as plain
+
+    rows, vocab = _size(600, 40), _size(3000, 300)
+    shapes = ((rows, 256), (vocab, 256), (rows, 320), (vocab, 320))
+    inputs = [_random(*shape, seed=seed) / 4 for seed, shape in enumerate(shapes)]
+    labels = torch.arange(rows, device=inputs[0].device)
+
+    def gradients(function: Any, *given: Any, **options: Any) -> Tensors:
+        leaves = [x.detach().requires_grad_() for x in given[:2]]
+        loss, _ = function(*leaves, *given[2:], labels, divergence="generalized_jsd", label_weight=0.3, **options)
+        return (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+    ours = partial(gradients, linear_distillation, chunk_bytes=rows // 2 * 10 * (vocab + 64))
+    yield from _compare(ours, partial(gradients, plain), inputs, names="loss dstudent dhead", length=vocab)
+
+
 def _pages(*, queries: int, keys: int) -> Check:
     """One row of a page table: a decode (queries = 0), or a prefill whose few programs are split over keys."""
     import torch
@@ -344,6 +365,7 @@ STEPS: dict[str, Callable[[], Check]] = {
     "packed_w8": lambda: _packed_weight("w8", 60, 1),
     "packed_w8_split": lambda: _packed_weight("w8g64", _size(300, 130), 4),
     "packed_w4": lambda: _packed_weight("w4g128", _size(300, 130), 1),
+    "linear_products": _distillation,
     "graph": _graph,
     "triton_norm": partial(_norm, "triton", backward=True),
     "triton_forward": lambda: _attention(128, _size(512, 40), _size(512, 40), room="triton", heads=4, kv_heads=2),

@@ -37,7 +37,8 @@ class Probe:
 
 
 OPS = (
-    "flash_attention", "cuda_flash_attention", "linear_cross_entropy", "linear_distillation", "swiglu", "quant_matmul",
+    "flash_attention", "cuda_flash_attention", "linear_cross_entropy", "linear_distillation",
+    "cuda_linear_distillation", "swiglu", "quant_matmul",
     "cuda_quant_matmul", "paged_attention", "fp8_matmul", "rms_norm", "sample", "rope", "adamw",
 )  # fmt: skip
 """What falls shortest of its goal first."""
@@ -72,7 +73,7 @@ def probes_of(op: str) -> Iterator[Probe]:
     """Yield an op's probes; tensors are made as they are asked for."""
     makers: dict[str, Callable[[], Iterator[Probe]]] = {
         "flash_attention": _attention, "cuda_flash_attention": _cuda_attention, "linear_cross_entropy": _cross_entropy,
-        "linear_distillation": _distillation, "swiglu": _swiglu, "quant_matmul": _quant,
+        "linear_distillation": _distillation, "cuda_linear_distillation": _cuda_distillation, "swiglu": _swiglu, "quant_matmul": _quant,
         "cuda_quant_matmul": _cuda_quant, "paged_attention": _paged,
         "fp8_matmul": _fp8, "rms_norm": _norm, "sample": _sample, "rope": _rope, "adamw": _adamw,
     }  # fmt: skip
@@ -152,6 +153,13 @@ def _quant() -> Iterator[Probe]:
         for count in harness.choose((1, 16, 256), (1,)):
             x = torch.randn(count, width, device=harness.device()).to(torch.bfloat16)
             yield Probe(name=f"{name} rows {count}", call=partial(quant_matmul, x, packed))
+
+
+def _cuda_distillation() -> Iterator[Probe]:
+    import bench_cuda_linear_distillation as bench
+
+    for sweep in bench.sweeps():
+        yield Probe(name=sweep.part, call=sweep.candidates[sweep.current])
 
 
 def _cuda_quant() -> Iterator[Probe]:

@@ -34,6 +34,7 @@ SOURCES = {
     "gate_up": "sweep_memory_bound",
     "linear_cross_entropy": "bench_linear_cross_entropy",
     "linear_distillation": "bench_linear_distillation",
+    "cuda_linear_distillation": "bench_cuda_linear_distillation",
     "quant_matmul": "bench_quant_matmul",
     "cuda_quant_matmul": "bench_cuda_quant_matmul",
     "paged_attention": "bench_paged_attention",

@@ -645,6 +645,18 @@ def test_a_register_that_was_never_written_is_a_wild_number(probe: Probe) -> Non
     assert float(y.abs().min()) > 1e37
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux counts a process's pieces of memory there")
+def test_a_launch_leaves_no_stacks_behind(probe: Probe) -> None:
+    """Two pieces of memory a thread, kept for each kernel: a process may have 65,530, and hundreds of kernels run in one."""
+
+    def pieces() -> int:
+        return len(Path("/proc/self/maps").read_text(encoding="utf-8").splitlines())
+
+    y, before = torch.empty(1), pieces()
+    probe("float* y", "if (t == 0) y[0] = 1.0f;", [y], threads=1024)
+    assert pieces() - before < 100
+
+
 def test_without_being_asked_nothing_is_emulated(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TESSERA_CUDA_EMULATE", "0")
     monkeypatch.setenv("TRITON_INTERPRET", "0")

@@ -140,6 +140,16 @@ TESSERA_DEVICE void store_16(void* to, const Words& x) {  // in one access, what
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                  ::"l"(to), "r"(x.word[0]), "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3]) : "memory");
 }
+// Two neighbours in one access, where `there`, and no branch around it.
+TESSERA_DEVICE void store_8(bool there, float* to, float first, float second) {
+    asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.b32 there, %3, 0;\n\t@there st.global.v2.f32 [%0], {%1, %2};\n\t}"
+                 ::"l"(to), "f"(first), "f"(second), "r"(static_cast<int>(there)) : "memory");
+}
+// The same, added to what is there; L2 does it in the background. sm_90.
+TESSERA_DEVICE void add_8(bool there, float* to, float first, float second) {
+    asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.b32 there, %3, 0;\n\t@there red.global.add.v2.f32 [%0], {%1, %2};\n\t}"
+                 ::"l"(to), "f"(first), "f"(second), "r"(static_cast<int>(there)) : "memory");
+}
 
 // Bits that the compiler must take as new: it keeps nothing that it unpacked from them before, and reads nothing of what
 // follows before this.

@@ -186,8 +186,9 @@ template <class Group, class Finish> void retire(std::vector<Group>& groups, int
 
 }  // namespace
 
-void expect_aligned(const void* pointer, const char* what) {
-    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) fail(text("%s: address %p, not a multiple of 16", what, pointer));
+void expect_aligned(const void* pointer, const char* what, unsigned bytes) {
+    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
+        fail(text("%s: address %p, not a multiple of %u", what, pointer, bytes));
 }
 
 void copy_wait(int pending) { retire(copies[static_cast<size_t>(thread())].groups, pending, finish); }

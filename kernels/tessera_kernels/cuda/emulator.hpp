@@ -64,7 +64,7 @@ void sync_block();
 void sync_named(int barrier, int threads);
 void arrive_named(int barrier, int threads);
 void set_registers(int count);
-void expect_aligned(const void* pointer, const char* what);
+void expect_aligned(const void* pointer, const char* what, unsigned bytes = 16);
 void copy_wait(int pending);
 void load_matrices(uint32_t (&to)[4], uint32_t row, bool transposed);
 using Lift = float (*)(uint16_t);
@@ -154,6 +154,18 @@ inline Words load_once(const Words* from) {
 inline void store_16(void* to, const Words& x) {
     emulated::expect_aligned(to, "store_16");
     *static_cast<Words*>(to) = x;
+}
+inline void store_8(bool there, float* to, float first, float second) {
+    if (!there) return;
+    emulated::expect_aligned(to, "store_8", 8);
+    to[0] = first;
+    to[1] = second;
+}
+inline void add_8(bool there, float* to, float first, float second) {
+    if (!there) return;
+    emulated::expect_aligned(to, "add_8", 8);
+    to[0] += first;
+    to[1] += second;
 }
 inline void keep_packed(Words&) {}
 void copy_16(uint32_t to, const void* from, int valid);

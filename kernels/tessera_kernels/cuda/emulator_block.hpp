@@ -334,20 +334,29 @@ void check_request(const Launch& request, const int* sizes, int num_arguments) {
 
 }  // namespace
 
+// Every guard page cuts the stacks' memory in two for the system, which counts pieces: hundreds of kernels in one process
+// would come to its end.
+void forget_stacks() {
+    if (grid.stacks != nullptr) munmap(grid.stacks, MOST_THREADS * STACK_BYTES);
+    grid.stacks = nullptr;
+    for (Fiber& fiber : grid.fibers) fiber.started = false;
+}
+
 int launch(void (*kernel)(void**), const int* sizes, int num_arguments, const Launch& request) {
     static std::mutex one_at_a_time;
     std::lock_guard<std::mutex> lock(one_at_a_time);
+    int failed = 0;
     try {
         check_request(request, sizes, num_arguments);
         grid.kernel = kernel;
         grid.arguments = request.arguments;
         run_grid_in_trap();
-        return 0;
     } catch (const Error& error) {
         snprintf(request.message, request.room, "%s", error.line.c_str());
+        failed = 1;
     }
-    for (Fiber& fiber : grid.fibers) fiber.started = false;  // some are in the middle of the kernel
-    return 1;
+    forget_stacks();
+    return failed;
 }
 
 }  // namespace emulated

@@ -252,6 +252,9 @@ def _run(
     return losses.sum(dtype=torch.float64).float(), num_tokens, unit, sums.take_hidden(), sums.head_VD
 
 
+IN_CUDA = 3
+"""`LossConfig.product` of `tessera_kernels.cuda.linear_distillation`."""
+
 RowData = tuple[Tensor, Tensor, Tensor, Tensor]
 """Labels, their logits (anything where no label counts), losses (written), and the gradients' unit."""
 
@@ -280,6 +283,11 @@ def _in_chunks(
     logits = torch.empty(2, min(logit_rows, num_rows), padded, dtype=torch.float32, device=hidden.device)
     slopes = hidden.new_empty(min(rows, num_rows) if write else 1, padded)
     summed = _wants_sums(cut, hidden, head) and tiles.reads(*student, *teacher)
+    multiply_both, into_head = tiles.multiply_both, None
+    if summed and cut.product == IN_CUDA:
+        from tessera_kernels.cuda.linear_distillation import add_head_gradient, multiply_both  # needs cuda-bindings
+
+        into_head = add_head_gradient if sums.head_VD.dtype == torch.float32 else None
     blocks, partials = triton.cdiv(vocab, tiles.BLOCK_V), losses
     for chunk in pieces(num_rows, rows):
         states = hidden[chunk]
@@ -287,7 +295,7 @@ def _in_chunks(
             count, place = part.stop - part.start, chunk.start + part.start
             models = (states[part], head), (teacher[0][place : place + count], teacher[1])
             if summed:
-                partials = tiles.multiply_both(*models, logits[:, :count], labels[place:], numbers[1], options["HARD"])
+                partials = multiply_both(*models, logits[:, :count], labels[place:], numbers[1], options["HARD"])
             else:
                 _both_logits(*models, logits[:, :count], slice(0, vocab))
             to = slopes[part] if write else slopes
@@ -297,7 +305,7 @@ def _in_chunks(
                 TILES=triton.next_power_of_2(blocks) * summed, **shape, **options,
             )  # fmt: skip
         if write:
-            sums.add_rows(slopes[: len(states), :vocab], states, chunk, splits)
+            sums.add_rows(slopes[: len(states), :vocab], states, chunk, splits, into_head)
 
 
 def _lift(kind: str, weight: float) -> float:
@@ -307,7 +315,7 @@ def _lift(kind: str, weight: float) -> float:
 
 def _wants_sums(cut: LossConfig, hidden: Tensor, head: Tensor) -> bool:
     """Was the product with sums in its epilogue asked for, or has it whole tiles (of 128 rows by 256 ids) to do?"""
-    return cut.product == 2 or (cut.product == 0 and len(hidden) >= 64 and len(head) >= 1024)
+    return cut.product in (2, IN_CUDA) or (cut.product == 0 and len(hidden) >= 64 and len(head) >= 1024)
 
 
 def _in_tiles(

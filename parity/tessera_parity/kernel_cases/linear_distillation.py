@@ -135,7 +135,8 @@ def _options(case: Case) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _run(op: Callable[..., tuple[Tensor, Tensor]], case: Case, given: Tensors) -> Tensors:
+def run(op: Callable[..., tuple[Tensor, Tensor]], case: Case, given: Tensors) -> Tensors:
+    """Return the loss, the count, and the gradients that the case asks for, by one implementation."""
     with torch.enable_grad():
         inputs = {name: given[name].detach().requires_grad_(name != case.frozen) for name in ("student", "head")}
         loss, count = op(
@@ -195,8 +196,8 @@ OP = KernelOp(
     name="linear_distillation",
     cases=_cases,
     tensors=_tensors,
-    kernel=lambda case, tensors: _run(fused.linear_distillation, case, tensors),
-    reference=lambda case, tensors: _run(plain.linear_distillation, case, tensors),
+    kernel=lambda case, tensors: run(fused.linear_distillation, case, tensors),
+    reference=lambda case, tensors: run(plain.linear_distillation, case, tensors),
     configs=lambda: fused.CONFIGS,
     magnitudes=_magnitudes,
     examples=(
