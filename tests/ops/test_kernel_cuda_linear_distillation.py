@@ -16,6 +16,7 @@ from tessera_kernels.cuda.linear_distillation import (
     specializations,
 )
 from tessera_kernels.triton import _logit_tiles as tiles
+from tessera_kernels.triton import linear_distillation as triton
 from tessera_parity.kernel_budget import kernel_limit
 from tessera_parity.kernel_memory import same_bits
 from tessera_shared.errors import KernelError, MissingDependency
@@ -79,6 +80,22 @@ def test_gradients_of_the_head_add_up_and_repeat(rows: int, width: int) -> None:
     limit = kernel_limit(0.0, torch.float32, magnitude=size, length=3 * rows)
     assert float((sums[0].double() - truth).abs().max()) <= limit
     assert same_bits(*sums)
+
+
+@pytest.mark.parametrize("width", [33, 40])
+def test_rows_that_only_the_copy_engine_likes_are_right(width: int) -> None:
+    """33 numbers in rows of 40 begin at multiples of 16 bytes; those of d head do not begin at multiples of 8."""
+    student, head = (random(n, 40, seed=n)[:, :width].requires_grad_() for n in (X, V))
+    teacher, teacher_head = random(1, D, seed=2).expand(X, D), random(V, D, seed=3)  # rows that lie one upon the other
+    given = student, head, teacher, teacher_head, torch.arange(X)
+    answers = [
+        (loss.detach(), *torch.autograd.grad(loss, given[:2]))
+        for loss in (
+            op(*given, divergence="generalized_jsd")[0] for op in (linear_distillation, triton.linear_distillation)
+        )
+    ]
+    for ours, theirs in zip(*answers, strict=True):
+        assert float((ours - theirs).abs().max()) <= 2.0**-7 * float(theirs.abs().max())
 
 
 def test_float32_takes_the_librarys_products() -> None:

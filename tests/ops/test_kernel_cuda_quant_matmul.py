@@ -137,8 +137,9 @@ def test_few_rows_take_few_registers(bits: int, group: int) -> None:
         assert built.registers <= 72  # 17 warps of a block could have 120
 
 
-def test_few_rows_leave_no_multiprocessor_without_outputs() -> None:
-    for outputs, block_f in ((28672, 64), (8192, 64), (4096, 32), (2048, 16), (256, 16)):
+def test_few_rows_take_the_block_that_ends_soonest() -> None:
+    for outputs, block_f in ((28672, 32), (11008, 32), (8192, 64), (4096, 32), (2048, 16), (256, 16)):
         assert choose_config(1, outputs, 8192) == QuantConfig(8, block_f)
+    for outputs, block_f in ((28672, 64), (8192, 64), (4096, 32)):  # x is read for each block
         assert choose_config(16, outputs, 8192) == QuantConfig(16, block_f)
     assert choose_config(16, 8190, 8192) == QuantConfig(64, splits=4)  # steps of 8190 outputs are not whole 16 bytes

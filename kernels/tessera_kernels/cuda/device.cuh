@@ -264,6 +264,11 @@ template <int count> TESSERA_DEVICE void settled(float (&d)[count]) {
 #pragma unroll
     for (int i = 0; i < count; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+// Numbers that the compiler must keep and not make again wherever they are used.
+template <int count> TESSERA_DEVICE void made_once(uint32_t (&a)[count]) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) asm volatile("" : "+r"(a[i]));
+}
 // Keeps registers that a product under way reads from being given to anything else before the wait.
 template <int rows, int count> TESSERA_DEVICE void settled(uint32_t (&a)[rows][count]) {
 #pragma unroll

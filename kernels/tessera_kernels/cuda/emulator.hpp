@@ -202,6 +202,7 @@ void group_fence();
 void group_commit();
 template <int pending> inline void group_wait() { emulated::group_wait(pending); }
 template <int count> inline void settled(float (&)[count]) {}
+template <int count> inline void made_once(uint32_t (&)[count]) {}
 template <int rows, int count> inline void settled(uint32_t (&)[rows][count]) {}
 
 template <class T, int N> inline void group_product(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) {

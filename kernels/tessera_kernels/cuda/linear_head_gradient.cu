@@ -73,7 +73,11 @@ TESSERA_KERNEL(THREADS) linear_head_gradient(
     TESSERA_SHARED(memory);
     Ring& ring = *reinterpret_cast<Ring*>(memory);
     const Problem p = {sums, rows, vocab, width, blocks_d, count, adds};
-    if (threadIdx.x == 0) ring.begin();
+    if (threadIdx.x == 0) {
+        ring.begin();
+        prefetch_map(&slopes);
+        prefetch_map(&hidden);
+    }
     sync_threads();
     if (threadIdx.x < 128) {
         fewer_registers<SPARED>();

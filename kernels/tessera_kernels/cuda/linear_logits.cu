@@ -161,7 +161,13 @@ TESSERA_KERNEL(THREADS) linear_logits(
     Ring& ring = *reinterpret_cast<Ring*>(memory);
     const Problem p = {{first_logits, first_sums, first_width, first_counts}, {second_logits, second_sums, second_width, second_counts},
                        labels, rows, vocab, padded, blocks_x, blocks_v, cold, unit};
-    if (threadIdx.x == 0) ring.begin();
+    if (threadIdx.x == 0) {
+        ring.begin();
+        prefetch_map(&first_hidden);
+        prefetch_map(&first_head);
+        prefetch_map(&second_hidden);
+        prefetch_map(&second_head);
+    }
     sync_threads();
     if (threadIdx.x < 128) {
         fewer_registers<SPARED>();

@@ -10,6 +10,7 @@ Reference: `tessera_kernels.reference.quant_matmul`.
 # mypy: disable-error-code="no-untyped-call"
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ FEW_THREADS, MANY_THREADS, ADDING_THREADS = 544, 384, 256
 WARPS = 16
 """Warps that multiply in `quant_matmul_few.cu`: tiles of inputs in a stage, times products of 16 outputs."""
 
+SPLITS = (1, 2, 4, 8)
 MOST_STAGES = 6
 BARRIERS = 1024
 """Bytes kept for the barriers behind the ring."""
@@ -80,7 +82,7 @@ class QuantConfig(NamedTuple):
 
 CONFIGS: tuple[QuantConfig, ...] = (
     *(QuantConfig(block_x, block_f) for block_x in FEW for block_f in FEW_BLOCKS_F),
-    *(QuantConfig(block_x, splits=splits) for block_x in MANY for splits in (1, 2, 4)),
+    *(QuantConfig(block_x, splits=splits) for block_x in MANY for splits in SPLITS),
     *(QuantConfig(block_x, stages=2) for block_x in MANY),
     QuantConfig(FEW[1], FEW_BLOCKS_F[-1], stages=2),
 )
@@ -90,15 +92,17 @@ CONFIGS: tuple[QuantConfig, ...] = (
 def choose_config(rows: int, num_outputs: int, width: int) -> QuantConfig:
     """Return the configuration for a shape.
 
-    Few rows: as many outputs a block as leave no multiprocessor without one, since each block reads all of x. Many rows:
-    few tiles divide their inputs until the blocks fill the device.
+    Few rows: the outputs of a block that end soonest on so many multiprocessors, wide ones where x has many rows, since each
+    block reads all of x. Many rows: few tiles divide their inputs until the blocks fill the device.
     """
     if rows <= FEW[-1] and num_outputs % FEW_OUTPUTS == 0:
-        full = [block for block in FEW_BLOCKS_F if -(-num_outputs // block) >= NUM_SMS * 9 // 10]
-        return QuantConfig(FEW[0] if rows <= FEW[0] else FEW[1], full[-1] if full else FEW_BLOCKS_F[0])
+        if rows > FEW[0]:
+            return QuantConfig(FEW[1], FEW_BLOCKS_F[2 if num_outputs >= NUM_SMS // 2 * FEW_BLOCKS_F[2] else 1])
+        ends = {block: math.ceil(math.ceil(num_outputs / block) / NUM_SMS) * block for block in FEW_BLOCKS_F}
+        return QuantConfig(FEW[0], min(reversed(FEW_BLOCKS_F), key=lambda block: ends[block]))
     block_x = MANY[0] if rows <= MANY[0] else MANY[1]
     blocks, splits = -(-rows // block_x) * -(-num_outputs // MANY_BLOCK_F), 1
-    while splits < 4 and blocks * splits * 2 <= NUM_SMS and width >= TILE * 8 * splits:
+    while splits < SPLITS[-1] and blocks * splits * 2 <= NUM_SMS and width >= TILE * 8 * splits:
         splits *= 2
     return QuantConfig(block_x, splits=splits)
 
@@ -176,7 +180,7 @@ def _run(x_XD: Tensor, codes: Tensor, steps: Tensor, bits: int, group: int, sett
             few_kernel(bits, group, config.block_x, config.block_f, config.depth(bits, group)),
             grid=(min(count, num_sms(x.device)), 1, 1),
             block=FEW_THREADS,
-            arguments=[words_map, x_map, steps, y_XF, rows, outputs, tiles, group_rows, blocks_x, count],
+            arguments=[words_map, x_map, _aligned(steps), y_XF, rows, outputs, tiles, group_rows, blocks_x, count],
             **where,
         )
         return y_XF
@@ -226,8 +230,12 @@ def _panels(x: Tensor) -> Tensor:
 
 def _rows_of_words(codes: Tensor) -> Tensor:
     """Return the words as [1, tiles, rows, 64]: a row of 128 bytes holds one output in 8 bits and two in 4."""
-    aligned = codes if codes.data_ptr() % 16 == 0 else codes.clone()
-    return aligned.view(1, codes.shape[0], -1, HALF)
+    return _aligned(codes).view(1, codes.shape[0], -1, HALF)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return a contiguous tensor where the copy engine can read it."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 @functools.cache

@@ -4,14 +4,14 @@
 //
 //     16 warps        one product of 16 outputs each, in one of the DEPTH tiles of inputs that a stage has: W x^T with W from
 //                     registers, sums in float32; DEPTH partial sums are added in shared memory, in one order
-//     the last warp   one thread copies words, x and steps, DEPTH tiles of 128 inputs a stage, into a ring of STAGES; it
-//                     starts on the next outputs while the last ones are added
+//     the last warp   copies words, x and steps, DEPTH tiles of 128 inputs a stage, into a ring of STAGES; it starts on the
+//                     next outputs while the last ones are added
 //
 //     HBM        words and steps read once, x once for each BLOCK_F outputs (from L2); y written
 //     shared     words [DEPTH, BLOCK_F, 128], x [DEPTH, BLOCK_X, 128] and steps, x STAGES; partial sums [DEPTH, BLOCK_X, BLOCK_F]
 //     registers  y^T [16, BLOCK_X] of a warp, one tile's sums beside it
 //
-// Reading the weight takes all the time, so as much of it as fits is on its way at any time: about 100 KB a multiprocessor.
+// Reading the weight takes all the time, so as much of it as fits is on its way at any time, 64 to 128 KB with 64 outputs.
 // Scales of groups multiply float32 sums of one tile, codes less their zero points are exact. One launch, no partial sums in
 // global memory; a row's answer does not depend on the others, nor on BLOCK_X.
 // Reference: tessera_kernels.reference.quant_matmul.
@@ -40,55 +40,69 @@ struct Problem {
     int rows, outputs, tiles, groups, blocks_x, count;
 };
 
+// All lanes: steps are many small copies, whose addresses one thread would make one after the other.
 TESSERA_DEVICE void copy_all(Tiles& tiles, const Problem& p, const TensorMap* codes_map, const TensorMap* x_map) {
+    const int lane = threadIdx.x % 32;
     Turn<STAGES> turn;
     for (int item = blockIdx.x; item < p.count; item += gridDim.x) {
         const int x = item % p.blocks_x * BLOCK_X, f = item / p.blocks_x * BLOCK_F;
         const int step_bytes = GROUP == 0 ? 0 : 4 * min(BLOCK_F, p.outputs - f);
         for (int tile = 0; tile < p.tiles; tile += DEPTH, turn.next()) {
             uint64_t* full = &tiles.full[turn.stage];
-            barrier_wait(&tiles.empty[turn.stage], turn.parity ^ 1);
-            barrier_expect(full, DEPTH * (TILE_BYTES + 2 * PANEL_BYTES + SETS * step_bytes));
-            load_box(tiles.codes[turn.stage], codes_map, full, 0, BITS == 8 ? f : f / 2, tile, 0);
-            load_box(tiles.x[turn.stage], x_map, full, 0, x, 2 * tile, 0);
-            if constexpr (GROUP != 0) {
-                for (int i = 0; i < DEPTH * SETS; ++i) {
-                    const int64_t group = group_of(tile + i / SETS, i % SETS, p.groups);
-                    load_bulk(tiles.steps[turn.stage][i / SETS][i % SETS], p.steps + group * p.outputs + f, full, step_bytes);
-                }
+            if (lane == 0) {
+                barrier_wait(&tiles.empty[turn.stage], turn.parity ^ 1);
+                barrier_expect(full, DEPTH * (TILE_BYTES + 2 * PANEL_BYTES + SETS * step_bytes));
+                load_box(tiles.codes[turn.stage], codes_map, full, 0, BITS == 8 ? f : f / 2, tile, 0);
+                load_box(tiles.x[turn.stage], x_map, full, 0, x, 2 * tile, 0);
+            }
+            sync_warp();
+            if (GROUP != 0 && lane < DEPTH * SETS) {
+                const int64_t group = group_of(tile + lane / SETS, lane % SETS, p.groups);
+                load_bulk(tiles.steps[turn.stage][lane / SETS][lane % SETS], p.steps + group * p.outputs + f, full, step_bytes);
             }
         }
     }
 }
 
-// This lane's place in rows of x for ldmatrix, and x of two fragments' inputs as the right factors of products.
-struct Rows {
-    uint32_t place;
-    bool is_second;  // with 8 rows one ldmatrix brings both fragments' inputs, lanes 16 to 31 pointing at the second's
+constexpr int SLICES = ROW_BYTES / 32;  // of 16 words in a tile's row
 
-    explicit TESSERA_DEVICE Rows(int lane) : is_second(lane >= 16) {
+// Where this lane points ldmatrix at, in a tile's words and in a tile's x: all that depends on the lane, made once.
+struct Places {
+    uint32_t words[SLICES];
+    uint32_t x[4];  // 16 inputs of a panel each; with 8 rows, lanes 16 to 31 point at the inputs of the pair's second fragment
+
+    TESSERA_DEVICE Places(int depth, int output, int lane) {
+        const uint32_t first = words_at(output, lane);
+#pragma unroll
+        for (int i = 0; i < SLICES; ++i) words[i] = depth * TILE_BYTES + (first ^ i * 32);
         const int row = lane % 8 + (COLUMNS == 2 ? lane / 16 * 8 : 0), piece = lane / 8 % 2;
-        place = row * 128 + ((piece ^ row % 8) << 4);
-    }
-
-    static TESSERA_DEVICE uint32_t panel(int slice) { return slice / 4 * PANEL_BYTES; }  // 16 inputs a slice
-    static TESSERA_DEVICE uint32_t inside(int slice) { return slice % 4 * 32; }
-
-    // to[fragment][2 column, 2 column + 1]: slices `first` and `second` of the tile of x at `x`.
-    TESSERA_DEVICE void load(uint32_t (&to)[2][4], uint32_t x, int first, int second) const {
-        if constexpr (COLUMNS == 2) {
-            load_matrices(to[0], x + panel(first) + (place ^ inside(first)));
-            load_matrices(to[1], x + panel(second) + (place ^ inside(second)));
-        } else {
-            uint32_t both[4];
-            load_matrices(both, x + (is_second ? panel(second) + (place ^ inside(second)) : panel(first) + (place ^ inside(first))));
-            to[0][0] = both[0];
-            to[0][1] = both[1];
-            to[1][0] = both[2];
-            to[1][1] = both[3];
+        const bool is_second = COLUMNS == 1 && lane >= 16;
+        const uint32_t begin = row * 128 + ((piece ^ row % 8) << 4);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int slice = BITS == 4 && is_second ? i + 2 : i;  // of 4 bits, a pair lies 32 inputs apart, of 8 bits 64
+            x[i] = 2 * depth * PANEL_BYTES + (begin ^ slice % 4 * 32) + (BITS == 8 && is_second ? PANEL_BYTES : 0);
         }
+        made_once(words);
+        made_once(x);
     }
 };
+
+// x of two fragments' inputs as the right factors of products: to[fragment][2 column, 2 column + 1]. The pair's first slice of
+// 16 inputs is `slice` of panel `panel`; its second is 64 inputs further with 8 bits, 32 with 4.
+TESSERA_DEVICE void load_pair(uint32_t (&to)[2][4], uint32_t x, const Places& at, int panel, int slice) {
+    if constexpr (COLUMNS == 2) {
+        load_matrices(to[0], x + at.x[slice] + panel * PANEL_BYTES);
+        load_matrices(to[1], BITS == 8 ? x + at.x[slice] + PANEL_BYTES : x + at.x[slice + 2] + panel * PANEL_BYTES);
+    } else {
+        uint32_t both[4];
+        load_matrices(both, x + at.x[slice] + panel * PANEL_BYTES);
+        to[0][0] = both[0];
+        to[0][1] = both[1];
+        to[1][0] = both[2];
+        to[1][1] = both[3];
+    }
+}
 
 using Sums = float[COLUMNS][4];
 
@@ -100,22 +114,22 @@ TESSERA_DEVICE void multiply(Sums& sums, const Fragment& weights, const uint32_t
 }
 
 // 16 outputs, one tile of 128 inputs; `parts` by half of the inputs where those have scales of their own.
-TESSERA_DEVICE void multiply_tile(Sums (&parts)[SETS], uint32_t words, uint32_t x, const Rows& rows, const uint32_t (&above)[SETS][2]) {
+TESSERA_DEVICE void multiply_tile(Sums (&parts)[SETS], uint32_t words, uint32_t x, const Places& at, const uint32_t (&above)[SETS][2]) {
     Fragment raw, weights[2];
     uint32_t right[2][4];
 #pragma unroll
-    for (int slice = 0; slice < ROW_BYTES / 32; ++slice) {
-        load_matrices(raw, words ^ slice * 32);
+    for (int slice = 0; slice < SLICES; ++slice) {
+        load_matrices(raw, words + at.words[slice]);
         if constexpr (BITS == 8) {
             unpack_bytes(weights[0], weights[1], raw);
-            rows.load(right, x, slice, 4 + slice);
+            load_pair(right, x, at, 0, slice);
             multiply(parts[0], weights[0], right[0]);
             multiply(parts[SETS - 1], weights[1], right[1]);
         } else {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int set = half * (SETS - 1);
-                rows.load(right, x, 4 * half + slice, 4 * half + 2 + slice);
+                load_pair(right, x, at, half, slice);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     unpack_nibbles(weights[i], raw, above[set], 2 * half + i);
@@ -127,7 +141,7 @@ TESSERA_DEVICE void multiply_tile(Sums (&parts)[SETS], uint32_t words, uint32_t 
 }
 
 // As above, with the scales: what one tile adds to the sums.
-TESSERA_DEVICE void add_tile(Sums& sums, const int (&steps)[SETS][BLOCK_F], uint32_t words, uint32_t x, const Rows& rows, int output) {
+TESSERA_DEVICE void add_tile(Sums& sums, const int (&steps)[SETS][BLOCK_F], uint32_t words, uint32_t x, const Places& at, int output) {
     Sums parts[SETS] = {};
     float scale[SETS][2];
     uint32_t above[SETS][2] = {};
@@ -137,7 +151,7 @@ TESSERA_DEVICE void add_tile(Sums& sums, const int (&steps)[SETS][BLOCK_F], uint
         scale[i / 2][i % 2] = scale_in(step) * (BITS == 8 ? SHRUNK : 1.0f);
         if constexpr (BITS == 4) above[i / 2][i % 2] = above_in(step);
     }
-    multiply_tile(parts, words, x, rows, above);
+    multiply_tile(parts, words, x, at, above);
 #pragma unroll
     for (int i = 0; i < 4 * COLUMNS * SETS; ++i) {
         const int set = i / 4 / COLUMNS, column = i / 4 % COLUMNS;
@@ -167,21 +181,19 @@ TESSERA_DEVICE void write(const Tiles& tiles, const Problem& p, bf16* y, int x, 
 TESSERA_DEVICE void multiply_all(Tiles& tiles, const Problem& p, bf16* y) {
     const int warp = same_in_warp(static_cast<int>(threadIdx.x) / 32), lane = threadIdx.x % 32;
     const int depth = warp / PRODUCTS, output = warp % PRODUCTS * 16;
-    const uint32_t own_words = depth * TILE_BYTES + words_at(output, lane), own_x = 2 * depth * PANEL_BYTES;
-    const Rows rows(lane);
+    const Places at(depth, output, lane);
     Turn<STAGES> turn;
     for (int item = blockIdx.x; item < p.count; item += gridDim.x) {
         Sums sums = {};
         for (int tile = 0; tile < p.tiles; tile += DEPTH, turn.next()) {
-            const uint32_t words = shared_address(tiles.codes[turn.stage]) + own_words;
-            const uint32_t x = shared_address(tiles.x[turn.stage]) + own_x;
+            const uint32_t words = shared_address(tiles.codes[turn.stage]), x = shared_address(tiles.x[turn.stage]);
             barrier_wait(&tiles.full[turn.stage], turn.parity);
             if (tile + depth < p.tiles) {
                 if constexpr (GROUP == 0) {
                     const uint32_t none[SETS][2] = {};
-                    multiply_tile(reinterpret_cast<Sums(&)[SETS]>(sums), words, x, rows, none);
+                    multiply_tile(reinterpret_cast<Sums(&)[SETS]>(sums), words, x, at, none);
                 } else {
-                    add_tile(sums, tiles.steps[turn.stage][depth], words, x, rows, output + lane / 4);
+                    add_tile(sums, tiles.steps[turn.stage][depth], words, x, at, output + lane / 4);
                 }
             }
             sync_warp();
@@ -212,7 +224,7 @@ TESSERA_KERNEL(THREADS) quant_matmul_few(
         prefetch_map(&x_map);
     }
     sync_threads();
-    if (threadIdx.x == SPEAKING) copy_all(tiles, p, &codes_map, &x_map);
+    if (threadIdx.x >= SPEAKING) copy_all(tiles, p, &codes_map, &x_map);
     if (threadIdx.x < SPEAKING) multiply_all(tiles, p, y);
 }
 TESSERA_ENTRY(quant_matmul_few)

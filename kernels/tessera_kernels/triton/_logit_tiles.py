@@ -235,6 +235,7 @@ def reads(*operands: Tensor) -> bool:
     """Can the tiles of these half-precision matrices be read by TMA?"""
     return all(
         x.element_size() == 2 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+        and (x.stride(0) >= x.shape[1] or len(x) == 1)
         and (not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9)
         for x in operands
     )  # fmt: skip

@@ -287,7 +287,8 @@ def _in_chunks(
     if summed and cut.product == IN_CUDA:
         from tessera_kernels.cuda.linear_distillation import add_head_gradient, multiply_both  # needs cuda-bindings
 
-        into_head = add_head_gradient if sums.head_VD.dtype == torch.float32 else None
+        pairs = sums.head_VD.dtype == torch.float32 and width % 2 == 0  # which it writes
+        into_head = add_head_gradient if pairs else None
     blocks, partials = triton.cdiv(vocab, tiles.BLOCK_V), losses
     for chunk in pieces(num_rows, rows):
         states = hidden[chunk]
