@@ -26,13 +26,14 @@ def rows() -> Iterator[Row]:
     """Yield one row for each shape, scaling and accumulation."""
     shapes = harness.choose(SHAPES, ((70, 96, 256),))
     for shape, scaling in harness.turn((shape, scaling) for shape in shapes for scaling in SCALINGS):
-        given = _operands(*shape, scaling)
+        given = operands(*shape, scaling)
         for accumulation in kernel.ACCUMULATIONS:
             if scaling != "block" or accumulation == "accurate":
                 yield _row(given, scaling, accumulation)
 
 
-def _operands(count: int, outputs: int, width: int, scaling: str) -> Operands:
+def operands(count: int, outputs: int, width: int, scaling: str) -> Operands:
+    """Return codes of random numbers and their scales."""
     a = torch.randn(count, width, device=harness.device())
     b = torch.randn(outputs, width, device=harness.device()) / width**0.5
     codes_a, scale_a = quantize_fp8(a, scaling=scaling)
@@ -43,7 +44,7 @@ def _operands(count: int, outputs: int, width: int, scaling: str) -> Operands:
 def _row(given: Operands, scaling: str, accumulation: str) -> Row:
     a, b = given[:2]
     ours = functools.partial(kernel.fp8_matmul, *given, scaling=scaling, accumulation=accumulation)
-    timing = harness.measure({"ours": ours} | harness.available(_peers(given, scaling, accumulation)))
+    timing = harness.measure({"ours": ours} | harness.available(peers(given, scaling, accumulation)))
     is_goal = accumulation == "fast" and a.shape[0] >= 4096
     return Row(
         op="fp8_matmul",
@@ -58,7 +59,8 @@ def _row(given: Operands, scaling: str, accumulation: str) -> Row:
     )
 
 
-def _peers(given: Operands, scaling: str, accumulation: str) -> dict[str, Callable[[], Any]]:
+def peers(given: Operands, scaling: str, accumulation: str) -> dict[str, Callable[[], Any]]:
+    """Return the makers of the library's products, in E4M3 and in bfloat16."""
     a, b, scale_a, scale_b = given
     scales = {
         "tensor": lambda: (scale_a, scale_b),
@@ -81,7 +83,7 @@ def sweeps() -> Iterator[Sweep]:
     shapes = harness.choose((SHAPES[0], SHAPES[2], SHAPES[3]), ((70, 96, 256),))
     for count, outputs, width in shapes:
         for scaling in SCALINGS:
-            given = _operands(count, outputs, width, scaling)
+            given = operands(count, outputs, width, scaling)
             for accumulation in kernel.ACCUMULATIONS[: 1 if scaling == "block" else 2]:
                 run = functools.partial(kernel.fp8_matmul, *given, scaling=scaling, accumulation=accumulation)
                 yield Sweep(
@@ -90,7 +92,7 @@ def sweeps() -> Iterator[Sweep]:
                     shape=f"X{count} F{outputs} D{width}",
                     current=kernel.choose_config(count, outputs, width, scaling, accumulation),
                     candidates={config: functools.partial(run, config=config) for config in kernel.CONFIGS},
-                    beside=harness.available({"_scaled_mm": _peers(given, scaling, accumulation)["_scaled_mm"]}),
+                    beside=harness.available({"_scaled_mm": peers(given, scaling, accumulation)["_scaled_mm"]}),
                     work=2.0 * count * outputs * width,
                     limit="fp8",
                 )

@@ -306,6 +306,23 @@ def _distillation() -> Check:
     yield from _compare(ours, partial(gradients, plain), inputs, names="loss dstudent dhead", length=vocab)
 
 
+def _e4m3() -> Check:
+    """Products of 8-bit numbers: 32 terms an instruction."""
+    from tessera_kernels.cuda.fp8_matmul import fp8_matmul
+    from tessera_kernels.fp8_scaling import quantize_fp8
+
+    codes_a, scale_a = quantize_fp8(_random(_size(1000, 130), 1000), scaling="row")
+    codes_b, scale_b = quantize_fp8(_random(_size(1000, 264), 1000, seed=1), scaling="row")
+    given = [codes_a.float() * scale_a[:, None], codes_b.float() * scale_b[:, None]]
+
+    def plain(a: Any, b: Any) -> Tensors:
+        product = a @ b.t()
+        return (product.bfloat16() if product.dtype != given[0].double().dtype else product,)
+
+    ours = fp8_matmul(codes_a, codes_b, scale_a, scale_b, scaling="row")
+    yield from _compare(lambda *_: (ours,), plain, given, names="c", length=1000)
+
+
 def _pages(*, queries: int, keys: int) -> Check:
     """One row of a page table: a decode (queries = 0), or a prefill whose few programs are split over keys."""
     import torch
@@ -366,6 +383,7 @@ STEPS: dict[str, Callable[[], Check]] = {
     "packed_w8_split": lambda: _packed_weight("w8g64", _size(300, 130), 4),
     "packed_w4": lambda: _packed_weight("w4g128", _size(300, 130), 1),
     "linear_products": _distillation,
+    "e4m3": _e4m3,
     "graph": _graph,
     "triton_norm": partial(_norm, "triton", backward=True),
     "triton_forward": lambda: _attention(128, _size(512, 40), _size(512, 40), room="triton", heads=4, kv_heads=2),

@@ -39,7 +39,7 @@ class Probe:
 OPS = (
     "flash_attention", "cuda_flash_attention", "linear_cross_entropy", "linear_distillation",
     "cuda_linear_distillation", "swiglu", "quant_matmul",
-    "cuda_quant_matmul", "paged_attention", "fp8_matmul", "rms_norm", "sample", "rope", "adamw",
+    "cuda_quant_matmul", "paged_attention", "fp8_matmul", "cuda_fp8_matmul", "rms_norm", "sample", "rope", "adamw",
 )  # fmt: skip
 """What falls shortest of its goal first."""
 
@@ -75,7 +75,7 @@ def probes_of(op: str) -> Iterator[Probe]:
         "flash_attention": _attention, "cuda_flash_attention": _cuda_attention, "linear_cross_entropy": _cross_entropy,
         "linear_distillation": _distillation, "cuda_linear_distillation": _cuda_distillation, "swiglu": _swiglu, "quant_matmul": _quant,
         "cuda_quant_matmul": _cuda_quant, "paged_attention": _paged,
-        "fp8_matmul": _fp8, "rms_norm": _norm, "sample": _sample, "rope": _rope, "adamw": _adamw,
+        "fp8_matmul": _fp8, "cuda_fp8_matmul": _cuda_fp8, "rms_norm": _norm, "sample": _sample, "rope": _rope, "adamw": _adamw,
     }  # fmt: skip
     return makers[op]()
 
@@ -160,6 +160,13 @@ def _cuda_distillation() -> Iterator[Probe]:
 
     for sweep in bench.sweeps():
         yield Probe(name=sweep.part, call=sweep.candidates[sweep.current])
+
+
+def _cuda_fp8() -> Iterator[Probe]:
+    import bench_cuda_fp8_matmul as bench
+
+    for sweep in bench.sweeps():
+        yield Probe(name=sweep.shape, call=sweep.candidates[sweep.current])
 
 
 def _cuda_quant() -> Iterator[Probe]:

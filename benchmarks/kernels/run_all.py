@@ -37,7 +37,8 @@ TIME_IS_UP = "left out, time is up:"  # what harness.turn says
 SECONDS = {
     "linear_distillation": 60, "quant_matmul": 40, "paged_attention": 35, "linear_cross_entropy": 30, "flash_attention": 25,
     "fp8_matmul": 25, "sample": 25, "cuda_flash_attention": 20, "cuda_rms_norm": 20, "cuda_quant_matmul": 20, "rms_norm": 20, "swiglu": 20,
-    "rope": 15, "cuda_linear_distillation": 20, "adamw": 12,
+    "rope": 15, "cuda_linear_distillation": 20, "cuda_fp8_matmul": 15,
+    "adamw": 12,
 }  # fmt: skip
 """What an op's bench takes on an H200 once everything is compiled: estimates from shapes and samples, not measured yet."""
 

@@ -318,7 +318,7 @@ def _timed_ops() -> Sequence[str]:
 SWEEP_SECONDS = {
     "flash_attention": 80, "cuda_flash_attention": 30, "gate_up": 20, "linear_cross_entropy": 35, "linear_distillation": 60,
     "quant_matmul": 50, "cuda_quant_matmul": 40, "paged_attention": 40, "fp8_matmul": 40, "rms_norm": 40, "sample": 20, "rope": 15,
-    "swiglu": 15, "cuda_linear_distillation": 30, "adamw": 12,
+    "swiglu": 15, "cuda_linear_distillation": 30, "cuda_fp8_matmul": 10, "adamw": 12,
 }  # fmt: skip
 
 PARTS: dict[str, Part] = {

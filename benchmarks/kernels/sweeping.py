@@ -39,6 +39,7 @@ SOURCES = {
     "cuda_quant_matmul": "bench_cuda_quant_matmul",
     "paged_attention": "bench_paged_attention",
     "fp8_matmul": "bench_fp8_matmul",
+    "cuda_fp8_matmul": "bench_cuda_fp8_matmul",
     "rms_norm": "sweep_memory_bound",
     "sample": "bench_sample",
     "rope": "sweep_memory_bound",

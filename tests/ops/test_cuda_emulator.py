@@ -646,15 +646,18 @@ def test_a_register_that_was_never_written_is_a_wild_number(probe: Probe) -> Non
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux counts a process's pieces of memory there")
-def test_a_launch_leaves_no_stacks_behind(probe: Probe) -> None:
-    """Two pieces of memory a thread, kept for each kernel: a process may have 65,530, and hundreds of kernels run in one."""
+def test_kernels_share_their_threads_stacks(probe: Probe) -> None:
+    """Two pieces of memory a thread: a process may have 65,530, and hundreds of kernels run in one."""
 
     def pieces() -> int:
         return len(Path("/proc/self/maps").read_text(encoding="utf-8").splitlines())
 
-    y, before = torch.empty(1), pieces()
-    probe("float* y", "if (t == 0) y[0] = 1.0f;", [y], threads=1024)
+    y = torch.empty(1)
+    probe("float* y", "if (t == 0) y[0] = FILL;", [y], threads=1024, FILL=1)
+    before = pieces()
+    probe("float* y", "if (t == 0) y[0] = FILL;", [y], threads=1024, FILL=2)
     assert pieces() - before < 100
+    assert y.item() == 2.0
 
 
 def test_without_being_asked_nothing_is_emulated(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:

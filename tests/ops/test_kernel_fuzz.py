@@ -50,6 +50,15 @@ def test_a_kernel_keeps_its_promises(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
+def test_every_bug_of_a_kernel_can_be_planted(name: str) -> None:
+    """All of them: the next test plants one, and the subject stops at the first whose line has gone."""
+    for bug in load_op(name).bugs:
+        package = Path(str(importlib.import_module(bug.parts[0]).__file__)).parent
+        source = package.joinpath(*bug.parts[1:]).read_text(encoding="utf-8")
+        assert bug.applied_to(source) != source
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_a_bug_planted_in_a_kernel_is_caught(name: str) -> None:
     op = load_op(name)
     assert op.bugs

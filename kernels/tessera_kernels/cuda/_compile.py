@@ -103,7 +103,8 @@ def build_emulated(kernel: Kernel) -> Path:
     Raises `KernelError` for source that does not compile, `MissingDependency` without a C++ compiler.
     """
     emulator, defines = _emulator(), _defines(kernel)
-    path = _folder() / f"{kernel.entry}-{_key([kernel.path], [emulator.name, *defines])}.so"
+    sources = [kernel.path, *HERE.glob("*.cuh")]  # other headers decide the emulator's name
+    path = _folder() / f"{kernel.entry}-{_key(sources, [emulator.name, *defines])}.so"
     if path.exists():
         mark_used(path)
     else:
@@ -117,7 +118,7 @@ def build_emulated(kernel: Kernel) -> Path:
 def _emulator() -> Path:
     """Return the emulator's object file, which every emulated kernel is linked with."""
     version = [_host_compiler()[1], platform.machine()]
-    sources = [HERE / "emulator.cpp", *HERE.glob("*.hpp"), *HERE.glob("*.cuh")]
+    sources = [HERE / "emulator.cpp", *HERE.glob("*.hpp")]
     path = _folder() / f"emulator-{_key(sources, [*EMULATOR_FLAGS, *version])}.o"
     if path.exists():
         mark_used(path)

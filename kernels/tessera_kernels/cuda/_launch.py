@@ -11,6 +11,7 @@ import itertools
 import operator
 import os
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -282,16 +283,24 @@ def _emulate(
             "try kernels='reference'"
         )
     message = ctypes.create_string_buffer(1024)
-    failed = _emulated(kernel)(
-        (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), ctypes.c_uint(shared_bytes), ctypes.c_void_p(addresses),
-        (ctypes.c_int * len(sizes))(*sizes), len(sizes), message, ctypes.c_ulong(len(message)),
-    )  # fmt: skip
+    entry = _emulated(kernel)
+    with _ONE_AT_A_TIME:
+        failed = entry(
+            (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), ctypes.c_uint(shared_bytes), ctypes.c_void_p(addresses),
+            (ctypes.c_int * len(sizes))(*sizes), len(sizes), message, ctypes.c_ulong(len(message)), ctypes.byref(_STACKS),
+        )  # fmt: skip
     if failed:
         said = " ".join(message.value.decode(errors="replace").split())
         raise KernelError(
             f"{kernel.entry} in the emulator = {said}: expected a run without that, because a GPU hangs, faults or answers "
             "anything there; try the line of the kernel that does it"
         )
+
+
+_STACKS = ctypes.c_void_p()
+"""Memory of the emulator's threads, which the first launch makes; one launch at a time has it."""
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @functools.cache

@@ -25,6 +25,7 @@ using uint64_t = unsigned long long;
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+struct e4m3;  // 8 bits, two of them where a product has one number of 16
 
 TESSERA_DEVICE float to_float(float x) { return x; }
 TESSERA_DEVICE float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }

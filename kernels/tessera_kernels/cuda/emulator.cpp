@@ -53,6 +53,14 @@ float from_f16(uint16_t bits) {
     return sign ? -size : size;
 }
 
+float from_low_e4m3(uint16_t bits) {
+    int sign = bits >> 7 & 1, power = bits >> 3 & 15, rest = bits & 7;
+    if (power == 15 && rest == 7) return NAN;
+    float size = power == 0 ? ldexpf(static_cast<float>(rest), -9) : ldexpf(static_cast<float>(8 + rest), power - 10);
+    return sign ? -size : size;
+}
+float from_high_e4m3(uint16_t bits) { return from_low_e4m3(static_cast<uint16_t>(bits >> 8)); }
+
 namespace {
 
 template <class Operation> uint32_t of_pairs(uint32_t a, uint32_t b, Operation operation) {
@@ -519,7 +527,7 @@ struct GroupProduct {
     uint64_t a, b;
     int columns;
     bool keep, flipped;  // flipped: what comes from shared memory is MN-major
-    Lift lift;
+    Lift lift, second;
     const uint32_t* left[LANES];  // where a comes from registers
     float* d[LANES];
 };
@@ -582,6 +590,13 @@ void execute(const GroupProduct& product) {
             for (int n = 0; n < product.columns; ++n) right[k][n] = product.lift(b.piece(n, k / 8)[k % 8]);
     }
     multiply(product.d, left, right, product.columns, product.keep);
+    if (product.second != nullptr) {  // the other half of the terms
+        GroupProduct rest = product;
+        rest.lift = product.second;
+        rest.second = nullptr;
+        rest.keep = true;
+        execute(rest);
+    }
 }
 
 void begin_block() {
@@ -617,9 +632,10 @@ void check_block_end() {
 
 }  // namespace
 
-void group_product(float* d, const uint32_t* a, uint64_t a_tile, uint64_t b_tile, int columns, bool keep, bool flipped, Lift lift) {
+void group_product(
+    float* d, const uint32_t* a, uint64_t a_tile, uint64_t b_tile, int columns, bool keep, bool flipped, Lift lift, Lift second) {
     struct Item { GroupProduct product; const uint32_t* a; float* d; };
-    Item item{{a_tile, b_tile, columns, keep, flipped, lift, {}, {}}, a, d};
+    Item item{{a_tile, b_tile, columns, keep, flipped, lift, second, {}, {}}, a, d};
     together("wgmma", item, [](Item** items) {
         GroupWarp& mine = group_warps[warp()];
         GroupProduct whole = items[0]->product;

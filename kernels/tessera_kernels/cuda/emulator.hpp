@@ -17,6 +17,7 @@ extern Index threadIdx, blockIdx, blockDim, gridDim;
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+struct e4m3;
 struct alignas(16) Words { uint32_t word[4]; };
 struct alignas(64) TensorMap {  // 128 bytes, packed by `tensor_map` of _launch.py; innermost dimension first
     uint64_t mark, base;
@@ -35,6 +36,7 @@ struct Launch {
     int num_arguments;
     char* message;  // one line, when the launch fails
     size_t room;
+    void** stacks;  // the threads', of all kernels in the process: null before the first launch; one launch at a time
 };
 int launch(void (*kernel)(void** arguments), const int* sizes, int num_arguments, const Launch& request);
 
@@ -72,9 +74,15 @@ void warp_product(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Lift li
 uint32_t transposed(uint32_t pair);
 void group_wait(int pending);
 void bulk_wait_read(int pending);
-void group_product(float* d, const uint32_t* a, uint64_t a_tile, uint64_t b_tile, int columns, bool keep, bool flipped, Lift lift);
+void group_product(float* d, const uint32_t* a, uint64_t a_tile, uint64_t b_tile, int columns, bool keep, bool flipped, Lift lift,
+                   Lift second = nullptr);
 
 template <class T> Lift lift_of();
+template <class T> Lift lift_of_second() { return nullptr; }  // of two numbers of 8 bits in one of 16
+float from_low_e4m3(uint16_t bits);
+float from_high_e4m3(uint16_t bits);
+template <> inline Lift lift_of<e4m3>() { return from_low_e4m3; }
+template <> inline Lift lift_of_second<e4m3>() { return from_high_e4m3; }
 template <> inline Lift lift_of<bf16>() { return from_bf16; }
 template <> inline Lift lift_of<f16>() { return from_f16; }
 
@@ -88,8 +96,9 @@ template <> inline Lift lift_of<f16>() { return from_f16; }
 #define TESSERA_ENTRY(name)                                                                                            \
     extern "C" __attribute__((visibility("default"))) int tessera_launch_##name(                                       \
         const unsigned* grid, const unsigned* block, unsigned shared_bytes, void** arguments, const int* sizes,        \
-        int num_arguments, char* message, size_t room) {                                                               \
-        return emulated::Entry<name>::launch({grid, block, shared_bytes, arguments, sizes, num_arguments, message, room}); \
+        int num_arguments, char* message, size_t room, void** stacks) {                                                \
+        return emulated::Entry<name>::launch(                                                                          \
+            {grid, block, shared_bytes, arguments, sizes, num_arguments, message, room, stacks});                      \
     }
 
 // ---- numbers ----------------------------------------------------------------------------------------------------
@@ -207,7 +216,7 @@ template <int rows, int count> inline void settled(uint32_t (&)[rows][count]) {}
 
 template <class T, int N> inline void group_product(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) {
     static_assert(N % 8 == 0 && N >= 8 && N <= 256, "wgmma has these widths");
-    emulated::group_product(d, nullptr, a, b, N, keep != 0, false, emulated::lift_of<T>());
+    emulated::group_product(d, nullptr, a, b, N, keep != 0, false, emulated::lift_of<T>(), emulated::lift_of_second<T>());
 }
 template <class T, int N> inline void group_product_flipped(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) {
     static_assert(N % 8 == 0 && N >= 8 && N <= 256, "wgmma has these widths");

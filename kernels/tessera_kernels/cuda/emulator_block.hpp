@@ -13,7 +13,6 @@
 #include <ucontext.h>
 
 #include <cstdio>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -122,20 +121,24 @@ template <class Over, class What> void wait_until(Over over, What what) {
     grid.current->wait = nullptr;
 }
 
+// Memory for the stacks of a block's threads, a guard page below each: a stack that overflows is told, see `trapped`. The
+// system counts the pieces that guards cut it into, so all kernels of a process share it.
+unsigned char* made_stacks() {
+    void* memory = mmap(nullptr, MOST_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                        -1, 0);
+    if (memory == MAP_FAILED) throw Error{"no memory for the threads' stacks"};
+    auto* stacks = static_cast<unsigned char*>(memory);
+    for (int thread = 0; thread < MOST_THREADS; ++thread) mprotect(stacks + thread * STACK_BYTES, PAGE_BYTES, PROT_NONE);
+    return stacks;
+}
+
 void prepare(Fiber& fiber, int thread) {
     fiber.thread = thread;
     fiber.index = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y)};
     fiber.done = false;
     fiber.wait = nullptr;
     if (fiber.started) return;
-    if (grid.stacks == nullptr) {
-        void* memory = mmap(nullptr, MOST_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED) throw Error{"no memory for the threads' stacks"};
-        grid.stacks = static_cast<unsigned char*>(memory);
-    }
     unsigned char* stack = grid.stacks + thread * STACK_BYTES;
-    mprotect(stack, PAGE_BYTES, PROT_NONE);  // a stack that overflows is told, see `trapped`
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = stack + PAGE_BYTES;
     fiber.start.uc_stack.ss_size = STACK_BYTES - PAGE_BYTES;
@@ -334,29 +337,20 @@ void check_request(const Launch& request, const int* sizes, int num_arguments) {
 
 }  // namespace
 
-// Every guard page cuts the stacks' memory in two for the system, which counts pieces: hundreds of kernels in one process
-// would come to its end.
-void forget_stacks() {
-    if (grid.stacks != nullptr) munmap(grid.stacks, MOST_THREADS * STACK_BYTES);
-    grid.stacks = nullptr;
-    for (Fiber& fiber : grid.fibers) fiber.started = false;
-}
-
 int launch(void (*kernel)(void**), const int* sizes, int num_arguments, const Launch& request) {
-    static std::mutex one_at_a_time;
-    std::lock_guard<std::mutex> lock(one_at_a_time);
-    int failed = 0;
     try {
         check_request(request, sizes, num_arguments);
+        if (*request.stacks == nullptr) *request.stacks = made_stacks();
+        grid.stacks = static_cast<unsigned char*>(*request.stacks);
+        for (Fiber& fiber : grid.fibers) fiber.started = false;  // another kernel's threads were on them
         grid.kernel = kernel;
         grid.arguments = request.arguments;
         run_grid_in_trap();
+        return 0;
     } catch (const Error& error) {
         snprintf(request.message, request.room, "%s", error.line.c_str());
-        failed = 1;
+        return 1;
     }
-    forget_stacks();
-    return failed;
 }
 
 }  // namespace emulated

@@ -4,6 +4,7 @@
 // COLUMNS. The warpgroups share stages and nothing else, so one may be up to STAGES - 1 ahead: the second starts LAG stages
 // behind the first, and what one does with its finished sums runs beside the other's products.
 //
+// Numbers have 2 bytes; those of 8 bits come in pairs, whose products are two terms.
 // Factors "along" lie with their terms in a row (K-major), factors "across" with their terms in a column (MN-major).
 #pragma once
 #include "device.cuh"

@@ -84,6 +84,15 @@ template <class T, int N> TESSERA_DEVICE void group_product_flipped(float (&d)[N
                 : TESSERA_OUT##count : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));                   \
         }                                                                                                                \
     };
+// Of 8 bits, 32 terms in the bytes of 16; K-major alone.
+template <> struct Product<e4m3, 256> {
+    static TESSERA_DEVICE void both_shared(float (&d)[128], uint64_t a, uint64_t b, int keep) {
+        asm volatile(
+            "{\n\t.reg .pred keep;\n\tsetp.ne.b32 keep, %130, 0;\n\t"
+            "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {" TESSERA_LIST128 "}, %128, %129, keep, 1, 1;\n\t}"
+            : TESSERA_OUT128 : "l"(a), "l"(b), "r"(keep));
+    }
+};
 TESSERA_PRODUCT(bf16, "bf16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
 TESSERA_PRODUCT(bf16, "bf16", 80, 40, "%40", "%41", "%42", "%43", "%44", "%45")
 TESSERA_PRODUCT(bf16, "bf16", 192, 96, "%96", "%97", "%98", "%99", "%100", "%101")

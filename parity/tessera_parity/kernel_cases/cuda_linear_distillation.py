@@ -67,9 +67,10 @@ OP = replace(
         replace(_JSD, dtype="float32"),  # by the library
     ),
     bug_cases=(
-        replace(_JSD, rows=70, width=320, vocab=300, chunk_rows=12, ignored=0.0),
+        replace(_JSD, width=320, chunk_rows=3, ignored=0.0),  # more stages than the ring has, more chunks than one
         replace(_JSD, temperature=2.5, label_weight=0.3, ignored=0.0, vocab=530),
         replace(_JSD, divergence="forward_kl", label_weight=1.0, ignored=0.0, vocab=5),
+        replace(_JSD, rows=70, vocab=20, ignored=0.0),  # two stages of rows
     ),
     bugs=(
         _bug(_RING, "barrier_wait(&ring.empty[turn.stage], turn.parity ^ 1);", ""),

@@ -242,7 +242,7 @@ OP = KernelOp(
     ),
     bugs=(
         _bug("flash_attention_forward", "total * fade + tl.sum(probs, 1), fade", "total + tl.sum(probs, 1), fade"),
-        _bug("flash_attention_forward", "last = low + (high - low - 1) // BLOCK_N * BLOCK_N", "last = low"),
+        _bug("flash_attention_forward", "tl.range(low, high, BLOCK_N,", "tl.range(low + BLOCK_N, high, BLOCK_N,"),
         _bug("_attention_tiles", "seen = seen & (ahead > -window)", "seen = seen & (ahead >= -window)"),
         _bug("_attention_tiles", "whole = tl.minimum(whole, row + past + 1)", "whole = tl.minimum(whole, row + past + SPAN)"),
         _bug("_attention_tiles", "last = tl.minimum(tl.maximum(tl.load(starts + sequence + 1), first), rows)", "last = rows"),

@@ -29,7 +29,7 @@ class Case:
     layout: str = "contiguous"
     values: str = "normal"
     seed: int = 0
-    config: kernel.Config | None = None
+    config: Any = None  # of the module that is judged
 
 
 def cases(gpu: bool) -> SearchStrategy[Case]:

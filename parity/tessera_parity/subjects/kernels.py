@@ -23,6 +23,12 @@ from tessera_shared.errors import MissingDependency
 SIDE_BY_SIDE = {"cpu": 2, "cuda": 4}
 """Processes at once. Four share one GPU: most of a case's time is compilation, on the host."""
 
+SLOW = (
+    "cuda_flash_attention", "cuda_linear_distillation", "cuda_quant_matmul", "fast_path", "flash_attention", "linear_distillation",
+    "sample",
+)  # fmt: skip
+"""Ops that take a minute and more on a CPU begin first, so that none is left running alone at the end."""
+
 WORKER_SECONDS = {"quick": 300.0, "default": 900.0, "full": 1800.0}
 """After this a worker is stopped and its op is red: it hangs or compiles without end."""
 
@@ -58,11 +64,15 @@ def run(context: Context) -> Iterator[Check]:
     kind = context.device.partition(":")[0]
     names = names_of()
     with ThreadPoolExecutor(SIDE_BY_SIDE[kind]) as pool:
-        pending = [(name, pool.submit(_worker, name, context)) for name in names]
-        for name, report in pending:
+        pending = {name: pool.submit(_worker, name, context) for name in sorted(names, key=_comes_late)}
+        for name in names:
             context.advance(f"kernels: {name}")
-            yield from checks_of(report.result(), context.device)
+            yield from checks_of(pending[name].result(), context.device)
     yield from fast_checks(context)
+
+
+def _comes_late(name: str) -> bool:
+    return name not in SLOW
 
 
 def checks_of(report: Report, device: str) -> Iterator[Check]:
