@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("cuda.bindings")
 
-from tessera_kernels.cuda import quant_matmul as kernel
+
 from tessera_kernels.cuda._compile import build
 from tessera_kernels.cuda.quant_matmul import (
     CONFIGS,
@@ -19,7 +19,7 @@ from tessera_kernels.cuda.quant_matmul import (
     product_kernel,
     quant_matmul,
 )
-from tessera_kernels.quant_weight import quantize_w4, quantize_w8
+from tessera_kernels.quant_weight import dequantize, quantize_w4, quantize_w8
 from tessera_kernels.reference import quant_matmul as plain
 from tessera_parity.kernel_budget import kernel_limit
 from tessera_parity.kernel_cases.quant_matmul import FORMATS, quantized
@@ -41,7 +41,7 @@ def test_the_identity_gives_the_weight_back(form: str) -> None:
     """Every input and output in its place, exactly as the weight rounds when it is written out."""
     weight = quantized(random(260, 200), form)
     y = quant_matmul(torch.eye(200, dtype=torch.bfloat16), weight)
-    error = (y.t().double() - kernel.dequantize(weight, torch.bfloat16).double()).abs()
+    error = (y.t().double() - dequantize(weight, torch.bfloat16).double()).abs()
     assert not error.any()
 
 
@@ -78,7 +78,7 @@ def test_any_leading_dimensions_and_none() -> None:
 def test_gradients_reach_x() -> None:
     weight, x, dy = quantize_w4(random(34, 130)), random(5, 130, seed=1).requires_grad_(), random(5, 34, seed=2)
     (found,) = torch.autograd.grad(quant_matmul(x, weight), x, dy)
-    assert same_bits(found, dy @ kernel.dequantize(weight, torch.bfloat16))
+    assert same_bits(found, dy @ dequantize(weight, torch.bfloat16))
 
 
 @pytest.mark.unfenced

@@ -26,7 +26,8 @@ HOPPER = (9, 0)
 FIRST_WITH_E4M3 = (8, 9)
 
 IN_CUDA = ("flash_attention", "rms_norm")
-"""Operations that `cuda` takes in CUDA C++. Not `quant_matmul`: that one wants a Hopper GPU, these run since Ampere."""
+"""Operations that `cuda` takes in CUDA C++. Not `fp8_matmul`, `linear_distillation` and `quant_matmul`: those want a Hopper GPU,
+and none has timed them."""
 
 FASTER_IN_CUDA = ("flash_attention",)
 """Operations whose CUDA C++ kernels an H200 ran faster than the Triton ones (docs/kernels.md, section 4): what `auto` takes."""

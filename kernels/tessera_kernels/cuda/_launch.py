@@ -347,6 +347,14 @@ def tensor_map(tensor: Tensor, box: tuple[int, int, int, int], *, l2_bytes: int 
     return TensorMap(ctypes.string_at(made, 128))
 
 
+def is_mappable(rows: Tensor) -> bool:
+    """Can the copy engine read a matrix as it lies? Rows without overlap that begin at multiples of 16 bytes."""
+    count, width = rows.shape
+    stride = rows.stride(0)
+    apart = count == 1 or (stride * rows.element_size() % 16 == 0 and stride >= width)
+    return rows.stride(1) == 1 and rows.data_ptr() % 16 == 0 and apart
+
+
 @functools.cache
 def _encode_tiled() -> Any:
     """Return the driver's cuTensorMapEncodeTiled.

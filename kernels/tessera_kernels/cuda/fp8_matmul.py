@@ -21,7 +21,7 @@ from tessera_kernels.checks import (
     expect_same_device,
     expect_shape,
 )
-from tessera_kernels.cuda._launch import Kernel, TensorMap, expect_cuda_device, launch, num_sms, tensor_map
+from tessera_kernels.cuda._launch import Kernel, TensorMap, expect_cuda_device, is_mappable, launch, num_sms, tensor_map
 from tessera_kernels.launching import as_rows, graph_op
 
 BLOCK, COLUMNS, INPUTS = 128, 256, 128
@@ -116,9 +116,8 @@ def _run(
 def _pairs(codes: Tensor) -> Tensor:
     """Return codes as numbers of 16 bits, two of one row each, where the copy engine can read them; a copy ends in zeros."""
     bytes_XD = as_rows(codes).view(torch.uint8)
-    rows, width = bytes_XD.shape
-    is_read = bytes_XD.data_ptr() % 16 == 0 and width % 2 == 0
-    if is_read and (rows == 1 or (bytes_XD.stride(0) % 16 == 0 and bytes_XD.stride(0) >= width)):
+    width = bytes_XD.shape[1]
+    if width % 2 == 0 and is_mappable(bytes_XD):
         return bytes_XD.view(torch.int16)
     return torch.nn.functional.pad(bytes_XD, (0, -width % 16)).view(torch.int16)
 

@@ -18,10 +18,19 @@ import torch
 from torch import Tensor
 
 from tessera_kernels.checks import expect_between, expect_choice, expect_dtype, expect_same_device, expect_shape
-from tessera_kernels.cuda._launch import Argument, Int64, Kernel, expect_cuda_device, launch, num_sms, tensor_map
+from tessera_kernels.cuda._launch import (
+    Argument,
+    Int64,
+    Kernel,
+    expect_cuda_device,
+    is_mappable,
+    launch,
+    num_sms,
+    tensor_map,
+)
 from tessera_kernels.launching import SHARED_BYTES, as_rows, graph_op
 from tessera_kernels.quant_weight import HALF, TILE, QuantWeight
-from tessera_kernels.triton.quant_matmul import NUM_SMS, dequantize
+from tessera_kernels.triton.quant_matmul import NUM_SMS, Product, empty_product
 from tessera_shared.errors import KernelError
 
 FEW = (8, 16)
@@ -121,7 +130,7 @@ def quant_matmul(x_XD: Tensor, weight: QuantWeight, *, config: QuantConfig | Non
     chosen = config or choose_config(x_XD.numel() // weight.width, weight.num_outputs, weight.width)
     _expect_fit(chosen, weight)
     if torch.is_grad_enabled() and x_XD.requires_grad:
-        y_XF: Tensor = _Product.apply(x_XD, weight, chosen)
+        y_XF: Tensor = Product.apply(x_XD, weight, chosen, _product)
         return y_XF
     return _product(x_XD, weight, chosen)
 
@@ -140,29 +149,11 @@ def _expect_fit(config: QuantConfig, weight: QuantWeight) -> None:
         )
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_XD: Tensor, weight: QuantWeight, config: QuantConfig) -> Tensor:
-        ctx.weight = weight
-        return _product(x_XD, weight, config)
-
-    @staticmethod
-    def backward(ctx: Any, grad_XF: Tensor) -> tuple[Tensor, None, None]:
-        return grad_XF @ dequantize(ctx.weight, grad_XF.dtype), None, None
-
-
 def _product(x_XD: Tensor, weight: QuantWeight, config: QuantConfig) -> Tensor:
     return _run(x_XD, weight.codes, weight.steps, weight.bits, weight.group or 0, list(config))
 
 
-def _empty_product(
-    x_XD: Tensor, codes: Tensor, steps: Tensor, bits: int, group: int, settings: Sequence[int]
-) -> Tensor:
-    del steps, bits, group, settings
-    return x_XD.new_empty((*x_XD.shape[:-1], codes.shape[1]))
-
-
-@graph_op("cuda_quant_matmul", fake=_empty_product)
+@graph_op("cuda_quant_matmul", fake=empty_product)
 def _run(x_XD: Tensor, codes: Tensor, steps: Tensor, bits: int, group: int, settings: Sequence[int]) -> Tensor:
     config, outputs = QuantConfig(*settings), codes.shape[1]
     y_XF = x_XD.new_empty((*x_XD.shape[:-1], outputs))
@@ -210,11 +201,7 @@ def _describable(x: Tensor, is_few: bool) -> Tensor:
     Few rows are read in panels of 64 inputs, so a last one that is not whole is filled with zeros.
     """
     rows, width = x.shape
-    if (
-        x.data_ptr() % 16 == 0
-        and (rows == 1 or (x.stride(0) % 8 == 0 and x.stride(0) >= width))
-        and not (is_few and width % HALF)
-    ):
+    if is_mappable(x) and not (is_few and width % HALF):
         return x
     if is_few:
         return torch.nn.functional.pad(x, (0, -width % HALF))

@@ -22,7 +22,7 @@ does not depend on its neighbors.
 Reference: `tessera_kernels.reference.quant_matmul`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -200,7 +200,7 @@ def quant_matmul(x_XD: Tensor, weight: QuantWeight, *, config: Config | None = N
     )
     _expect_fit(chosen, x_XD, weight.bits)
     if torch.is_grad_enabled() and x_XD.requires_grad:
-        y_XF: Tensor = _Product.apply(x_XD, weight, chosen)
+        y_XF: Tensor = Product.apply(x_XD, weight, chosen, _product)
         return y_XF
     return _product(x_XD, weight, chosen)
 
@@ -211,15 +211,21 @@ def dequantize(weight: QuantWeight, dtype: torch.dtype = torch.bfloat16) -> Tens
     return _dequantized(weight.codes, weight.steps, weight.bits, weight.group or 0, weight.width, dtype)
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_XD: Tensor, weight: QuantWeight, config: Config) -> Tensor:
-        ctx.weight = weight
-        return _product(x_XD, weight, config)
+class Product(torch.autograd.Function):
+    """Autograd's view of `run(x, weight, config)`, in whichever language: the backward writes the weight out once."""
 
     @staticmethod
-    def backward(ctx: Any, grad_XF: Tensor) -> tuple[Tensor, None, None]:
-        return grad_XF @ dequantize(ctx.weight, grad_XF.dtype), None, None
+    def forward(
+        ctx: Any, x_XD: Tensor, weight: QuantWeight, config: Any, run: Callable[[Tensor, QuantWeight, Any], Tensor]
+    ) -> Tensor:
+        """Multiply."""
+        ctx.weight = weight
+        return run(x_XD, weight, config)
+
+    @staticmethod
+    def backward(ctx: Any, grad_XF: Tensor) -> tuple[Tensor, None, None, None]:
+        """Return the gradient of x."""
+        return grad_XF @ dequantize(ctx.weight, grad_XF.dtype), None, None, None
 
 
 def _product(x_XD: Tensor, weight: QuantWeight, config: Config) -> Tensor:
@@ -229,13 +235,14 @@ def _product(x_XD: Tensor, weight: QuantWeight, config: Config) -> Tensor:
     )  # fmt: skip
 
 
-def _empty_product(x_XD: Tensor, codes: Tensor, steps: Tensor, bits: int, group: int,
+def empty_product(x_XD: Tensor, codes: Tensor, steps: Tensor, bits: int, group: int,
                    settings: Sequence[int]) -> Tensor:  # fmt: skip
+    """Return an empty y, for compilers."""
     del steps, bits, group, settings
     return x_XD.new_empty((*x_XD.shape[:-1], codes.shape[1]))
 
 
-@graph_op("quant_matmul", fake=_empty_product)
+@graph_op("quant_matmul", fake=empty_product)
 def _launch(x_XD: Tensor, codes: Tensor, steps: Tensor, bits: int, group: int,
             settings: Sequence[int]) -> Tensor:  # fmt: skip
     kind, block_f, block_x, wide, splits, num_warps, num_stages, per_turn = settings
