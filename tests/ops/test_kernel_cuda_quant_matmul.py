@@ -59,8 +59,8 @@ def test_however_a_product_is_cut_it_is_as_exact_as_the_plain_one(form: str) -> 
         assert same_bits(answers[config], answers[config._replace(block_x=8 if config.is_few else 128)])
 
 
-def test_splits_without_inputs_are_left_out() -> None:
-    """Five tiles of inputs in four parts make three: an empty part would wait for what never comes."""
+def test_parts_of_uneven_length_add_up() -> None:
+    """Five tiles of inputs in at most four parts: two, two and one."""
     x, weight = random(3, 5 * 128), quantize_w8(random(4, 5 * 128, seed=1))
     whole, split = (quant_matmul(x, weight, config=QuantConfig(64, splits=splits)) for splits in (1, 4))
     assert float((whole.double() - split.double()).abs().max()) <= float(whole.abs().max()) * 2.0**-7
