@@ -220,6 +220,22 @@ def test_each_error_leaves_with_its_own_exit_code(
         raising(ZeroDivisionError())
 
 
+def test_an_interrupt_inside_generated_code_leaves_with_its_exit_code(tmp_path: Path) -> None:
+    """`dataclass` and `namedtuple` run source text: interrupted there, `python -m` would end by the signal instead."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys, typer\n"
+        "from tessera_shared.cli.edge import run_commands\n"
+        "app = typer.Typer()\n"
+        "@app.command()\n"
+        "def dataclass_made(): exec('raise KeyboardInterrupt')\n"
+        "sys.exit(run_commands(app, [], program='interrupted'))\n"
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    environment = {**os.environ, "PYTHONSAFEPATH": ""}  # the module is found in the directory it is started from
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted; nothing was left half-written\n")
+
+
 def test_interrupting_leaves_no_files(tmp_path: Path) -> None:
     script = "from tessera_shared.cli.main import main; print('ready', flush=True); main()"
     process = subprocess.Popen(

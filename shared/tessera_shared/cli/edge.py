@@ -128,4 +128,15 @@ def _say_usage(error: Exception, program: str) -> int:
 
 def _say_interrupted(what: str = "nothing was left half-written") -> int:
     print(f"interrupted; {what}", file=sys.stderr)
+    _mark_handled()
     return INTERRUPTED
+
+
+def _mark_handled() -> None:
+    """Let the process leave with its own exit code.
+
+    CPython remembers a KeyboardInterrupt that went through an `exec` of source text (what `dataclass` and `namedtuple`
+    do while a module is imported) as unhandled, whoever caught it since, and ends `python -m` by SIGINT instead. The
+    next text that runs to its end makes it forget.
+    """
+    exec("")
