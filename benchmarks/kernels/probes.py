@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Probe:
 OPS = (
     "flash_attention", "cuda_flash_attention", "linear_cross_entropy", "linear_distillation",
     "cuda_linear_distillation", "swiglu", "quant_matmul",
-    "cuda_quant_matmul", "paged_attention", "fp8_matmul", "cuda_fp8_matmul", "rms_norm", "sample", "rope", "adamw",
+    "cuda_quant_matmul", "paged_attention", "fp8_matmul", "cuda_fp8_matmul", "rms_norm", "cuda_rms_norm", "sample", "rope", "adamw",
 )  # fmt: skip
 """What falls shortest of its goal first."""
 
@@ -75,7 +76,8 @@ def probes_of(op: str) -> Iterator[Probe]:
         "flash_attention": _attention, "cuda_flash_attention": _cuda_attention, "linear_cross_entropy": _cross_entropy,
         "linear_distillation": _distillation, "cuda_linear_distillation": _cuda_distillation, "swiglu": _swiglu, "quant_matmul": _quant,
         "cuda_quant_matmul": _cuda_quant, "paged_attention": _paged,
-        "fp8_matmul": _fp8, "cuda_fp8_matmul": _cuda_fp8, "rms_norm": _norm, "sample": _sample, "rope": _rope, "adamw": _adamw,
+        "fp8_matmul": _fp8, "cuda_fp8_matmul": _cuda_fp8, "rms_norm": partial(_norm, "triton"),
+        "cuda_rms_norm": partial(_norm, "cuda"), "sample": _sample, "rope": _rope, "adamw": _adamw,
     }  # fmt: skip
     return makers[op]()
 
@@ -193,12 +195,11 @@ def _fp8() -> Iterator[Probe]:
             return
 
 
-def _norm() -> Iterator[Probe]:
+def _norm(room: str) -> Iterator[Probe]:
     import harness
     import torch
 
-    from tessera_kernels.triton import rms_norm
-
+    rms_norm = import_module(f"tessera_kernels.{room}.rms_norm")
     for rows, width in harness.choose(((16384, 4096), (4096, 16384)), ((5, 64),)):
         x, gain = (torch.randn(*shape, device=harness.device(), dtype=torch.bfloat16).requires_grad_()
                    for shape in ((rows, width), (width,)))  # fmt: skip

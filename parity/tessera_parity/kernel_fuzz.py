@@ -202,7 +202,7 @@ def plant_bugs(
 ) -> Iterator[Bug]:
     """Plant each bug (or the first `most`) of a clean op and say whether a case noticed. Raises `ParityError` for one
     that does not apply."""
-    for number, patch in enumerate(op.bugs[:most], 1):
+    for number, patch in enumerate(op.bugs_on(device)[:most], 1):
         clock = time.perf_counter()
         say(f"bug {number}: {patch.replace.strip()[:60]}")
         by = _noticed(op.name, patch, device=device, seed=seed + number, seconds=effort.bug_seconds)

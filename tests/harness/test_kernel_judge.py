@@ -15,7 +15,7 @@ from tessera_parity.kernel_budget import kernel_limit, noise_floor, roundoff  # 
 from tessera_parity.kernel_cases import case as draws  # noqa: E402
 from tessera_parity.kernel_cases.case import DTYPES, GUARD, LAYOUTS, VALUES, KernelOp, lay_out  # noqa: E402
 from tessera_parity.kernel_fuzz import Effort, fuzz  # noqa: E402
-from tessera_parity.kernel_judge import KernelFault, judge  # noqa: E402
+from tessera_parity.kernel_judge import KernelFault, compare, judge  # noqa: E402
 from tessera_parity.kernel_memory import disturbed, fenced_memory, moved, same_bits, whole_storage  # noqa: E402
 from tessera_parity.kernel_repro import repro_lines  # noqa: E402
 
@@ -147,6 +147,34 @@ def _widened(case: Softmax, tensors: Tensors, answer: Tensors) -> None:
 def test_each_broken_promise_is_seen(change: Callable[..., None], says: str, case: Softmax) -> None:
     with pytest.raises(KernelFault, match=says):
         judge(op_of(wrong(change)), case, repeats=1, rows=3)
+
+
+def _held(ours: float, plain: float, truth: float) -> None:
+    """Hold the second of two numbers against the rule."""
+    numbers = [torch.tensor([1.0, x], dtype=torch.float16) for x in (ours, plain)]
+    exact = torch.tensor([1.0, truth], dtype=torch.float64)
+    compare(op_of(clean), Softmax(), {}, *({"y": x} for x in (*numbers, exact)))
+
+
+@pytest.mark.parametrize("ours", [torch.inf, -torch.inf, torch.nan, 65000.0])
+@pytest.mark.parametrize("truth", [21855.0, -70000.0])
+def test_where_the_plain_one_breaks_down_anything_will_do(ours: float, truth: float) -> None:
+    """It overflowed inside (inf - inf) where float64 has a number: what a sum ends in depends on its order."""
+    _held(ours, torch.nan, truth)
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "truth"),
+    [
+        (torch.nan, 1.0, 1.0), (torch.inf, 1.0, 1.0), (torch.nan, torch.inf, 70000.0), (-torch.inf, torch.inf, 70000.0),
+        (1.0, torch.inf, 70000.0), (1.0, torch.nan, torch.nan), (torch.inf, torch.nan, torch.nan),
+    ],
+)  # fmt: skip
+def test_elsewhere_a_number_an_infinity_and_nan_are_what_they_should_be(
+    ours: float, plain: float, truth: float
+) -> None:
+    with pytest.raises(KernelFault, match=r"y\[1\] = .* infinite in one and not in the other"):
+        _held(ours, plain, truth)
 
 
 def test_an_answer_that_changes_from_run_to_run_is_seen_unless_the_case_says_that_its_order_is_free() -> None:

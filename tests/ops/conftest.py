@@ -1,6 +1,7 @@
 """What all tests of kernels share."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     with fenced_memory() as fences:
         yield
     assert fences.broken() == 0
+
+
+@pytest.fixture
+def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a small kernel in the emulator: see `run_probe`."""
+    from .cuda_probe import run_probe
+
+    monkeypatch.setenv("TESSERA_CUDA_EMULATE", "1")
+    return partial(run_probe, tmp_path)
 
 
 @pytest.fixture

@@ -50,16 +50,6 @@ Status cuLaunchKernel(Handle function, unsigned gx, unsigned gy, unsigned gz, un
     return SUCCESS;
 }
 
-typedef struct { int id, padding; union { unsigned char bytes[64]; int allowed; } value; } Attribute;
-typedef struct { unsigned grid[3], block[3], shared; Handle stream; const Attribute *attributes; unsigned count; } Config;
-
-Status cuLaunchKernelEx(const Config *config, Handle function, void **arguments, void **extra) {
-    if (!current || config->count != 1) return current ? INVALID_VALUE : INVALID_CONTEXT;
-    printf("with attribute %d = %d: ", config->attributes->id, config->attributes->value.allowed);
-    const unsigned *g = config->grid, *b = config->block;
-    return cuLaunchKernel(function, g[0], g[1], g[2], b[0], b[1], b[2], config->shared, config->stream, arguments, extra);
-}
-
 Status cuTensorMapEncodeTiled(void *map, int type, unsigned rank, void *address, const uint64_t *sizes, const uint64_t *strides,
                               const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion, int fill) {
     if (!current) return INVALID_CONTEXT;

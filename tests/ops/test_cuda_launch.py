@@ -42,8 +42,7 @@ def call():
         assert list(made.packed) == list(range(128)), made.packed
         memory, layout = _launch._packed([made, _launch.Int64(0x1234567890AB), -17, 0.5, None])
         place = ctypes.addressof(memory) + layout.addresses_at
-        for early in (False, True):
-            _launch._launch_on_gpu(kernel, (3, 2, 1), (384, 1, 1), 200000, place, torch.device("cuda", 0), early)
+        _launch._launch_on_gpu(kernel, (3, 2, 1), (384, 1, 1), 200000, place, torch.device("cuda", 0))
     except KernelError as error:
         print("refused:", error)
 
@@ -88,12 +87,6 @@ def test_a_launch_passes_its_arguments_by_address_in_every_thread(heard: list[st
     assert set(launches) == {
         "launch 3 2 1, 384 1 1, 200000, stream 0x77, extra 0, function 0x30: 1 127, 1234567890ab, -17, 0.5, (nil)"
     }
-
-
-def test_an_early_launch_differs_by_its_attribute_alone(heard: list[str]) -> None:
-    """6 = programmatic stream serialization."""
-    early = [line.partition(": ") for line in heard if line.startswith("with")]
-    assert [(attribute, launch in heard) for attribute, _, launch in early] == [("with attribute 6 = 1", True)] * 2
 
 
 def test_module_function_and_context_are_asked_for_once(heard: list[str]) -> None:

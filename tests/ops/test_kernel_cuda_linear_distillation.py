@@ -9,16 +9,10 @@ import torch
 pytest.importorskip("cuda.bindings")
 
 from tessera_kernels.cuda._compile import build
-from tessera_kernels.cuda.linear_distillation import (
-    add_head_gradient,
-    linear_distillation,
-    multiply_both,
-    specializations,
-)
+from tessera_kernels.cuda.linear_distillation import linear_distillation, multiply_both, specializations
 from tessera_kernels.triton import _logit_tiles as tiles
 from tessera_kernels.triton import linear_distillation as triton
 from tessera_parity.kernel_budget import kernel_limit
-from tessera_parity.kernel_memory import same_bits
 from tessera_shared.errors import KernelError, MissingDependency
 
 pytestmark = [
@@ -35,10 +29,11 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("inv_tau", [1.0, 0.4])
-def test_logits_and_sums_are_those_of_the_triton_product(hard: bool, inv_tau: float) -> None:
+@pytest.mark.parametrize("X", [70, 130, 300], ids=["alone", "pair", "half a pair"])
+def test_logits_and_sums_are_those_of_the_triton_product(hard: bool, inv_tau: float, X: int) -> None:
     """Both are held against float64; the teacher is the wider one and comes first."""
     student, teacher = (random(X, D), random(V, D, seed=1)), (random(X, F, seed=2), random(V, F, seed=3))
-    labels = torch.arange(X) * 5 - 20  # some no id, some in the second tile
+    labels = torch.arange(X) % 70 * 5 - 20  # some no id, some in the second tile
     found = {}
     for name, multiply in (("cuda", multiply_both), ("triton", tiles.multiply_both)):
         logits = torch.full((2, X, 320), torch.nan)
@@ -68,24 +63,10 @@ def test_equal_models_lose_nothing_and_learn_nothing() -> None:
     assert not any(grad.any() for grad in torch.autograd.grad(loss, (student, head)))
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 8), (64, 256), (200, 264)])
-def test_gradients_of_the_head_add_up_and_repeat(rows: int, width: int) -> None:
-    parts = [(random(rows, 320, seed=2 * i)[:, :V], random(rows, width, seed=2 * i + 1)) for i in range(3)]
-    sums = [torch.full((V, width), torch.nan) for _ in range(2)]
-    for total in sums:
-        for index, (slopes, hidden) in enumerate(parts):
-            add_head_gradient(total, slopes, hidden, index > 0)
-    truth = sum(slopes.double().T @ hidden.double() for slopes, hidden in parts)
-    size = float(sum(slopes.double().abs().T @ hidden.double().abs() for slopes, hidden in parts).max())
-    limit = kernel_limit(0.0, torch.float32, magnitude=size, length=3 * rows)
-    assert float((sums[0].double() - truth).abs().max()) <= limit
-    assert same_bits(*sums)
-
-
 @pytest.mark.parametrize(("width", "expanded"), [(33, False), (40, True)])
 def test_rows_that_only_the_copy_engine_likes_are_right(width: int, expanded: bool) -> None:
-    """33 numbers in rows of 40 begin at multiples of 16 bytes, those of d head not at multiples of 8; rows that lie one upon
-    the other have a stride that is a multiple of anything."""
+    """33 numbers in rows of 40 begin at multiples of 16 bytes; rows that lie one upon the other have a stride that is a
+    multiple of anything."""
     student, head = (random(n, 40, seed=n)[:, :width].requires_grad_() for n in (X, V))
     teacher = random(1, D, seed=2).expand(X, D) if expanded else random(X, D, seed=2)
     given = student, head, teacher, random(V, D, seed=3), torch.arange(X)

@@ -13,6 +13,7 @@ pytest.importorskip("cuda.bindings")
 from tessera_kernels.cuda._compile import build
 from tessera_kernels.cuda.quant_matmul import (
     CONFIGS,
+    SPLITS,
     QuantConfig,
     choose_config,
     few_kernel,
@@ -60,10 +61,11 @@ def test_however_a_product_is_cut_it_is_as_exact_as_the_plain_one(form: str) -> 
 
 
 def test_parts_of_uneven_length_add_up() -> None:
-    """Five tiles of inputs in at most four parts: two, two and one."""
+    """Five tiles of inputs in two, three and four parts, of which the last is empty."""
     x, weight = random(3, 5 * 128), quantize_w8(random(4, 5 * 128, seed=1))
-    whole, split = (quant_matmul(x, weight, config=QuantConfig(64, splits=splits)) for splits in (1, 4))
-    assert float((whole.double() - split.double()).abs().max()) <= float(whole.abs().max()) * 2.0**-7
+    whole, *split = (quant_matmul(x, weight, config=QuantConfig(64, splits=splits)) for splits in SPLITS)
+    for one in split:
+        assert float((whole.double() - one.double()).abs().max()) <= float(whole.abs().max()) * 2.0**-7
 
 
 def test_any_leading_dimensions_and_none() -> None:
@@ -97,6 +99,9 @@ def test_a_compiler_sees_one_op() -> None:
         (random(3, 64), 4, QuantConfig(96), "block_x = 96: expected one of 8, 16, 64, 128"),
         (random(3, 64), 4, QuantConfig(8), "block_f = 256: expected one of 16, 32, 64"),
         (random(3, 64), 6, QuantConfig(8, 16), "weight.num_outputs = 6: expected a multiple of 4"),
+        (random(3, 64), 4, QuantConfig(128, splits=5), "splits = 5: expected one of 1, 2, 3, 4"),
+        (random(3, 64), 4, QuantConfig(16, 64, splits=2), "splits = 2: expected one of 1,"),
+        (random(3, 64), 4, QuantConfig(128, splits=4, stages=1), "bytes of sums .* = 98304: expected 0 to 65536"),
         (random(3, 64), 4, QuantConfig(128, stages=4), "bytes of shared memory = 263168: expected 0 to 232448"),
     ],
 )
@@ -124,8 +129,11 @@ FORMATS_BUILT = pytest.mark.parametrize(("bits", "group"), [(8, 0), (8, 64), (8,
 
 @FORMATS_BUILT
 @pytest.mark.parametrize("block_x", [64, 128])
-def test_on_hopper_nothing_spills_and_products_run_beside_the_unpacking(bits: int, group: int, block_x: int) -> None:
-    built = build(product_kernel(bits, group, block_x, QuantConfig(block_x).depth(bits, group)), "sm_90a")
+@pytest.mark.parametrize("splits", SPLITS)
+def test_on_hopper_nothing_spills_and_products_run_beside_the_unpacking(
+    bits: int, group: int, block_x: int, splits: int
+) -> None:
+    built = build(product_kernel(bits, group, block_x, QuantConfig(block_x).depth(bits, group), splits), "sm_90a")
     assert (built.spill_bytes, built.stack_bytes, built.slow) == (0, 0, "")
 
 
@@ -142,4 +150,17 @@ def test_few_rows_take_the_block_that_ends_soonest() -> None:
         assert choose_config(1, outputs, 8192) == QuantConfig(8, block_f)
     for outputs, block_f in ((28672, 64), (8192, 64), (4096, 32)):  # x is read for each block
         assert choose_config(16, outputs, 8192) == QuantConfig(16, block_f)
-    assert choose_config(16, 8190, 8192) == QuantConfig(64, splits=4)  # steps of 8190 outputs are not whole 16 bytes
+    assert choose_config(16, 8190, 8192) == QuantConfig(64, splits=3)  # steps of 8190 outputs are not whole 16 bytes
+
+
+def test_few_tiles_divide_their_inputs_among_blocks_that_run_at_once() -> None:
+    for rows, outputs, config in (
+        (64, 8192, QuantConfig(64, splits=3)),
+        (128, 8192, QuantConfig(64, splits=2)),
+        (128, 28672, QuantConfig(128)),
+        (256, 8192, QuantConfig(128, splits=2)),
+        (512, 8192, QuantConfig(128)),
+        (64, 1024, QuantConfig(64, splits=4)),
+    ):
+        assert choose_config(rows, outputs, 8192) == config
+    assert choose_config(64, 1024, 512) == QuantConfig(64)  # nothing to divide

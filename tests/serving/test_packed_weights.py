@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from tessera_torch import kernels
 from tessera_torch.fast import packed_weights
 from tessera_torch.fast.packed_weights import Fp8Weight, PackedWeight, pack_model
 from tessera_torch.fast.projections import packed_projections, projections
-from tessera_torch.kernels import choose, cuda_ops, reference_ops
+from tessera_torch.kernels import choose, cuda_ops, fastest_ops, reference_ops
 from tessera_torch.model.params import params_from_numpy
 from tessera_torch.model.transformer import forward
 from tessera_torch.serve.decode import stream_tokens
@@ -307,12 +308,43 @@ def test_packed_weights_need_the_references_where_no_kernel_runs() -> None:
         assert choose(asked, device="cpu", numerics=FLOAT32, spec=SPEC).ops is None
 
 
-def test_cuda_takes_tritons_products_with_packed_weights() -> None:
+@pytest.mark.parametrize(("capability", "room"), [((9, 0), "cuda"), ((8, 0), "triton"), ((10, 0), "triton")])
+def test_cuda_takes_packed_products_in_cuda_on_hopper_alone(
+    capability: tuple[int, int], room: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton")
-    ops = cuda_ops()
+    pytest.importorskip("cuda.bindings")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    ops = cuda_ops("cuda")
     assert ops.name == "cuda"
-    rooms = {getattr(ops.packed(), name).__module__.split(".")[1] for name in ("quant_matmul", "fp8_matmul")}
-    assert rooms == {"triton"}
+    rooms = [getattr(ops.packed(), name).__module__.split(".")[1] for name in ("quant_matmul", "fp8_matmul")]
+    assert rooms == [room, "triton"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "room"),
+    [
+        (1, 8, "cuda"),
+        (16, 8, "cuda"),
+        (17, 8, "triton"),
+        (64, 8, "triton"),
+        (65, 8, "cuda"),
+        (2049, 8, "triton"),
+        (0, 8, "cuda"),
+        (1, 6, "triton"),
+        (1, 8452, "triton"),
+    ],
+)
+def test_the_fastest_packed_product_goes_by_rows_and_outputs(
+    rows: int, outputs: int, room: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("cuda.bindings")
+    for one in ("cuda", "triton"):
+        file = import_module(f"tessera_kernels.{one}.quant_matmul")
+        monkeypatch.setattr(file, "quant_matmul", lambda x, weight, one=one: one)
+    weight = quantize_w8(torch.ones(outputs, 16))
+    assert fastest_ops().packed().quant_matmul(torch.ones(rows, 16), weight) == room
 
 
 def test_a_gpu_without_products_of_e4m3_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,16 @@ not; a choice that was asked for by name and cannot run raises.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tessera_kernels.checks import is_interpreting
+from tessera_kernels.quant_weight import QuantWeight
 from tessera_shared.errors import KernelError, MissingDependency
 from tessera_shared.kernel_choice import check_kernels
 from tessera_shared.numerics import Numerics
@@ -26,10 +28,12 @@ HOPPER = (9, 0)
 FIRST_WITH_E4M3 = (8, 9)
 
 IN_CUDA = ("flash_attention", "rms_norm")
-"""Operations that `cuda` takes in CUDA C++. Not `fp8_matmul`, `linear_distillation` and `quant_matmul`: those want a Hopper GPU,
-and none has timed them."""
+"""Operations that `cuda` takes in CUDA C++."""
 
-FASTER_IN_CUDA = ("flash_attention",)
+IN_CUDA_ON_HOPPER = (*IN_CUDA, "linear_distillation", "quant_matmul")
+"""The same on a Hopper GPU. Not `fp8_matmul`, which sums in one way that the torch half does not use."""
+
+FASTER_IN_CUDA = ("flash_attention", "linear_distillation", "quant_matmul")
 """Operations whose CUDA C++ kernels an H200 ran faster than the Triton ones (docs/kernels.md, section 4): what `auto` takes."""
 
 
@@ -109,7 +113,7 @@ def choose(
         return _fastest(device, numerics)
     if obstacle is not None:
         raise obstacle
-    return Choice(ops=cuda_ops() if kernels == "cuda" else triton_ops(), why=f"kernels: {kernels}, as asked")
+    return Choice(ops=cuda_ops(device) if kernels == "cuda" else triton_ops(), why=f"kernels: {kernels}, as asked")
 
 
 def _fastest(device: str, numerics: Numerics) -> Choice:
@@ -118,7 +122,7 @@ def _fastest(device: str, numerics: Numerics) -> Choice:
     if not device.startswith("cuda") or torch.cuda.get_device_capability(device) != HOPPER:
         return Choice(ops=triton_ops(), why=f"kernels: auto took triton, {suits}")
     obstacle = next(_cuda_obstacles(device, numerics), None)
-    names = " and ".join(FASTER_IN_CUDA)
+    names = f"{', '.join(FASTER_IN_CUDA[:-1])} and {FASTER_IN_CUDA[-1]}"
     if obstacle is not None:
         without = f"without CUDA C++ for {names}, because {_reason(obstacle)}"
         return Choice(ops=triton_ops(), why=f"kernels: auto took triton, {suits}; {without}")
@@ -215,14 +219,33 @@ def triton_ops() -> Ops:
     return _ops("triton", "triton")
 
 
-def cuda_ops() -> Ops:
-    """Return the Triton kernels, but CUDA C++ for the operations of `IN_CUDA`. Imports triton."""
-    return _ops("cuda", "triton", in_cuda=IN_CUDA)
+def cuda_ops(device: str = "cpu") -> Ops:
+    """Return the Triton kernels, but CUDA C++ for the operations of `IN_CUDA`, or `IN_CUDA_ON_HOPPER`. Imports triton.
+
+    A CPU emulates a Hopper GPU.
+    """
+    is_hopper = not device.startswith("cuda") or torch.cuda.get_device_capability(device) == HOPPER
+    return _ops("cuda", "triton", in_cuda=IN_CUDA_ON_HOPPER if is_hopper else IN_CUDA)
 
 
 def fastest_ops() -> Ops:
     """Return the Triton kernels, but CUDA C++ for the operations of `FASTER_IN_CUDA`. Imports triton."""
-    return _ops("triton", "triton", in_cuda=FASTER_IN_CUDA)
+    ops = _ops("triton", "triton", in_cuda=FASTER_IN_CUDA)
+    return replace(ops, packed=_fastest_packed)
+
+
+def _fastest_packed() -> PackedOps:
+    """Return packed products that go by the rows of x and the outputs."""
+    from tessera_kernels.cuda.quant_matmul import is_faster
+    from tessera_kernels.cuda.quant_matmul import quant_matmul as in_cuda
+    from tessera_kernels.triton.fp8_matmul import fp8_matmul
+    from tessera_kernels.triton.quant_matmul import quant_matmul as in_triton
+
+    def quant_matmul(x: Tensor, weight: QuantWeight) -> Tensor:
+        rows = x.numel() // weight.width if weight.width else 0
+        return in_cuda(x, weight) if is_faster(rows, weight.num_outputs) else in_triton(x, weight)
+
+    return PackedOps(quant_matmul=quant_matmul, fp8_matmul=fp8_matmul)
 
 
 def reference_ops() -> Ops:

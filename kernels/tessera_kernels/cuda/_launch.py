@@ -25,6 +25,7 @@ from tessera_kernels.checks import is_interpreting
 from tessera_kernels.cuda._compile import Kernel, build, build_emulated
 from tessera_kernels.launching import SHARED_BYTES, num_sms, on_device
 from tessera_shared.errors import KernelError, MissingDependency
+from tessera_shared.once import once
 
 __all__ = ["Int64", "Kernel", "TensorMap", "expect_cuda_device", "launch", "num_sms", "shared_bytes_of", "tensor_map"]
 
@@ -83,20 +84,18 @@ def launch(
     arguments: Sequence[Argument],
     like: Tensor,
     shared_bytes: int = 0,
-    early: bool = False,
 ) -> None:
     """Run `kernel` over `grid` blocks of `block` threads (a number lies along x) where `like` lies, and do not wait for it.
 
-    `arguments` in the kernel's order: a Tensor or None is a pointer, an int 32 bits, a float 32 bits. `early`: it may start
-    while the kernel before it still runs, and waits for that one's memory itself (`wait_for_kernel_before`). Raises
-    `KernelError`, in one line, for what the driver or the emulator refuses.
+    `arguments` in the kernel's order: a Tensor or None is a pointer, an int 32 bits, a float 32 bits. Raises `KernelError`, in
+    one line, for what the driver or the emulator refuses.
     """
     memory, layout = _packed(arguments)
     shape = (block, 1, 1) if isinstance(block, int) else block
     if like.is_cuda:
         with on_device(like), _range(kernel):
             addresses = ctypes.addressof(memory) + layout.addresses_at
-            _launch_on_gpu(kernel, grid, shape, shared_bytes, addresses, like.device, early)
+            _launch_on_gpu(kernel, grid, shape, shared_bytes, addresses, like.device)
     else:
         _emulate(kernel, grid, shape, shared_bytes, ctypes.addressof(memory) + layout.addresses_at, layout.sizes)
 
@@ -155,31 +154,16 @@ def _one(kind: type) -> tuple[str, Callable[[Any], Any], int]:
 
 
 def _launch_on_gpu(
-    kernel: Kernel, grid: Size, block: Size, shared_bytes: int, addresses: int, device: torch.device, early: bool
+    kernel: Kernel, grid: Size, block: Size, shared_bytes: int, addresses: int, device: torch.device
 ) -> None:
     _enter_context(device)
     driver, function = _function(kernel, device, shared_bytes > SHARED_BYTES_UNASKED)
     stream = torch.cuda.current_stream(device).cuda_stream
-    if early:
-        (status,) = driver.cuLaunchKernelEx(_early(driver, grid, block, shared_bytes, stream), function, addresses, 0)
-    else:
-        (status,) = driver.cuLaunchKernel(function, *grid, *block, shared_bytes, stream, addresses, 0)
+    (status,) = driver.cuLaunchKernel(function, *grid, *block, shared_bytes, stream, addresses, 0)
     if status:
         raise _driver_error(
             driver, status, f"launch of {kernel.title} ({grid} blocks of {block}, {shared_bytes} bytes)"
         )
-
-
-def _early(driver: Any, grid: Size, block: Size, shared_bytes: int, stream: int) -> Any:
-    """Return a launch with the attribute of programmatic dependent launch."""
-    config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid
-    config.blockDimX, config.blockDimY, config.blockDimZ = block
-    config.sharedMemBytes, config.hStream = shared_bytes, stream
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value.programmaticStreamSerializationAllowed = 1
-    config.attrs, config.numAttrs = [attribute], 1
-    return config
 
 
 def _enter_context(device: torch.device) -> None:
@@ -297,10 +281,10 @@ def _emulate(
         )
 
 
-_STACKS = ctypes.c_void_p()
+_STACKS = once("stacks of emulated threads", ctypes.c_void_p)
 """Memory of the emulator's threads, which the first launch makes; one launch at a time has it."""
 
-_ONE_AT_A_TIME = threading.Lock()
+_ONE_AT_A_TIME = once("emulated launches", threading.Lock)
 
 
 @functools.cache

@@ -16,6 +16,8 @@ using uint64_t = unsigned long long;
 
 #define TESSERA_DEVICE __device__ __forceinline__
 #define TESSERA_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+// Clusters of `blocks`; one is none.
+#define TESSERA_CLUSTER_KERNEL(blocks, threads) extern "C" __global__ void __cluster_dims__(blocks, 1, 1) __launch_bounds__(threads, 1)
 #define TESSERA_KERNEL_SHARED_SM(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define TESSERA_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define TESSERA_ENTRY(name)  // the emulator makes a launcher of it
@@ -113,9 +115,6 @@ TESSERA_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xf
 TESSERA_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 TESSERA_DEVICE bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }
 TESSERA_DEVICE int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }  // lets the compiler keep x scalar
-// The next kernel in the stream may start, if it was launched `early`; that one waits for all that this one writes. sm_90.
-TESSERA_DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-TESSERA_DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // Registers a thread of this warpgroup may use from here on; all four warps call it.
 template <int count> TESSERA_DEVICE void fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
@@ -146,12 +145,6 @@ TESSERA_DEVICE void store_8(bool there, float* to, float first, float second) {
     asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.b32 there, %3, 0;\n\t@there st.global.v2.f32 [%0], {%1, %2};\n\t}"
                  ::"l"(to), "f"(first), "f"(second), "r"(static_cast<int>(there)) : "memory");
 }
-// The same, added to what is there; L2 does it in the background. sm_90.
-TESSERA_DEVICE void add_8(bool there, float* to, float first, float second) {
-    asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.b32 there, %3, 0;\n\t@there red.global.add.v2.f32 [%0], {%1, %2};\n\t}"
-                 ::"l"(to), "f"(first), "f"(second), "r"(static_cast<int>(there)) : "memory");
-}
-
 // Bits that the compiler must take as new: it keeps nothing that it unpacked from them before, and reads nothing of what
 // follows before this.
 TESSERA_DEVICE void keep_packed(Words& x) {
@@ -246,6 +239,41 @@ TESSERA_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" :
 template <int pending> TESSERA_DEVICE void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
+// ---- blocks of a cluster, sm_90 -----------------------------------------------------------------------------------
+
+TESSERA_DEVICE int rank_in_cluster() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return static_cast<int>(rank);
+}
+// All threads of all blocks of the cluster; what they wrote before is seen behind it.
+TESSERA_DEVICE void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// Arrive at the same barrier of block `rank`. Orders nothing that threads wrote: for stages that products have read.
+TESSERA_DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) {
+    asm volatile(
+        "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}"
+        ::"r"(shared_address(barrier)), "r"(rank) : "memory");
+}
+// Into the same place of the shared memory of block `rank`; seen there behind `sync_cluster`.
+TESSERA_DEVICE void store_16_at(int rank, void* to, const Words& x) {
+    asm volatile(
+        "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+        "st.shared::cluster.v4.u32 [there], {%2, %3, %4, %5};\n\t}"
+        ::"r"(shared_address(to)), "r"(rank), "r"(x.word[0]), "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3]) : "memory");
+}
+// `load_box` to the same place of every block in `blocks` (a bit each), whose own barriers count the bytes.
+TESSERA_DEVICE void load_box_for(int blocks, void* to, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+        ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+          "h"(static_cast<uint16_t>(blocks))
+        : "memory");
+}
+
 TESSERA_DEVICE void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

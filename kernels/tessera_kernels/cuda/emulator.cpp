@@ -1,9 +1,10 @@
-// What the threads of a block do together, and what happens in the background, on the CPU: see emulator.hpp.
+// What the threads of a cluster do together, and what happens in the background, on the CPU: see emulator.hpp.
 //
 // Adversarial: what happens in the background happens as late as it may, `copy_16` at the wait, `load_box` when nothing
-// else can move (or, in every other pair of launches, at once), a warpgroup's product at the wait that retires it; each
-// copy's destination is NaN in between, so that a
-// buffer which is overwritten too early shows as well. The copy engine and the products have a view of shared memory of
+// else can move (or, in every other pair of launches, at once), a store to another block at the cluster's barrier, a
+// warpgroup's product at the wait that retires it; each destination is NaN in between, so that a buffer which is overwritten
+// too early shows as well. Who arrives at another block's barrier goes on when nothing else can move: what was handed back too
+// early is overwritten by then. The copy engine and the products have a view of shared memory of
 // their own, which a thread's ordinary writes reach at a fence.
 #include "emulator_block.hpp"
 
@@ -93,18 +94,19 @@ struct NamedBarrier {
     unsigned round = 0;
     uint32_t lanes[MOST_THREADS / LANES] = {};  // of each warp, those that arrived
 };
-NamedBarrier named[16];
-int registers[MOST_THREADS / LANES];  // what each warp asked for; 0 = never
+NamedBarrier named[MOST_BLOCKS][16];
+int registers[MOST_CLUSTER_THREADS / LANES];  // what each warp asked for; 0 = never
 
 void arrive_at(int id, int threads) {
-    NamedBarrier& barrier = named[id];
+    NamedBarrier& barrier = named[rank()][id];
     if (threads <= 0 || threads % LANES != 0 || threads > grid.num_threads)
         fail(text("barrier %d among %d threads: whole warps of this block are counted", id, threads));
     if (barrier.arrived > 0 && barrier.expected != threads)
         fail(text("barrier %d among %d threads, while others count %d", id, threads, barrier.expected));
-    if (barrier.lanes[warp()] >> lane() & 1) fail(text("barrier %d: this thread arrives twice in one round", id));
+    uint32_t& own = barrier.lanes[warp_in_block()];
+    if (own >> lane() & 1) fail(text("barrier %d: this thread arrives twice in one round", id));
     barrier.expected = threads;
-    barrier.lanes[warp()] |= 1u << lane();
+    own |= 1u << lane();
     if (++barrier.arrived < threads) return;
     for (uint32_t& lanes : barrier.lanes) {
         if (lanes != 0 && ~lanes != 0) fail(text("barrier %d: only some lanes of a warp arrived", id));
@@ -115,7 +117,7 @@ void arrive_at(int id, int threads) {
 }
 
 void sync_at(int id, int threads) {
-    NamedBarrier& barrier = named[id];
+    NamedBarrier& barrier = named[rank()][id];
     unsigned round = barrier.round;
     arrive_at(id, threads);
     wait_until([&barrier, round] { return barrier.round != round; }, [&barrier, id] {
@@ -130,7 +132,7 @@ int named_by_kernel(int id) {
 
 }  // namespace
 
-unsigned char* shared() { return shared_memory + SHARED_START; }
+unsigned char* shared() { return shared_memory[rank()] + SHARED_START; }
 void sync_block() { sync_at(0, grid.num_threads); }
 void sync_named(int id, int threads) { sync_at(named_by_kernel(id), threads); }
 void arrive_named(int id, int threads) { arrive_at(named_by_kernel(id), threads); }
@@ -175,7 +177,7 @@ struct Copies {
     std::vector<Copy16> open;
     std::vector<std::vector<Copy16>> groups;
 };
-std::vector<Copies> copies(MOST_THREADS);
+std::vector<Copies> copies;  // of each thread
 
 void finish(const Copy16& copy) {
     unsigned char* to = shared_at(copy.to, 16, 16, "copy_16");
@@ -305,18 +307,19 @@ constexpr uint64_t MAP_MARK = 0x7e55e7a0b0c5ull, BARRIER_MARK = 0x7e55e7a0ba77ul
 
 // What the copy engine and warpgroup products see of shared memory: their own writes at once, the threads' ordinary ones
 // only after a fence.
-unsigned char engine_memory[sizeof(shared_memory)];
-bool fenced_since;
+alignas(1024) BlockMemory engine_memory[MOST_BLOCKS];
+bool fenced_since[MOST_BLOCKS];
 
 unsigned char* engine_at(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what) {
     shared_at(address, bytes, alignment, what);
-    if (fenced_since) memcpy(engine_memory, shared_memory, SHARED_START + grid.shared_bytes);
-    fenced_since = false;
-    return engine_memory + address;
+    const int block = rank();
+    if (fenced_since[block]) memcpy(engine_memory[block], shared_memory[block], SHARED_START + grid.shared_bytes);
+    fenced_since[block] = false;
+    return engine_memory[block] + address;
 }
 
-void engine_write(uint32_t address, const void* from, size_t bytes) {  // nullptr: NaN, until the data arrives
-    for (unsigned char* memory : {shared_memory, engine_memory})
+void engine_write(int block, uint32_t address, const void* from, size_t bytes) {  // nullptr: NaN, until the data arrives
+    for (unsigned char* memory : {shared_memory[block], engine_memory[block]})
         if (from == nullptr) memset(memory + address, POISON, bytes);
         else memcpy(memory + address, from, bytes);
 }
@@ -328,7 +331,7 @@ struct Phased {
     int maker;
     bool announced;
 };
-std::map<uint32_t, Phased> phased;  // by shared address
+std::map<uint32_t, Phased> phased[MOST_BLOCKS];  // by shared address
 
 struct Box {
     TensorMap map;
@@ -336,9 +339,10 @@ struct Box {
     int corner[4];
     const void* row = nullptr;  // of load_bulk, which has no map
     uint32_t bytes = 0;
+    int block = 0;  // whose memory and barrier these are: its rank in the cluster
 };
-std::vector<Box> boxes;          // under way
-uint32_t awaited[MOST_THREADS];  // the barrier each thread waits for; 0 = none
+std::vector<Box> boxes;                  // under way
+uint32_t awaited[MOST_CLUSTER_THREADS];  // the barrier of its block each thread waits for; 0 = none
 
 uint32_t box_bytes(const TensorMap& map) { return map.itemsize * map.box[0] * map.box[1] * map.box[2] * map.box[3]; }
 
@@ -351,19 +355,22 @@ struct Adds {
     std::vector<BulkAdd> open;
     std::vector<std::vector<BulkAdd>> groups;
 };
-std::vector<Adds> adds(MOST_THREADS);
+std::vector<Adds> adds;  // of each thread
 
 void add(const BulkAdd& one) {
     const auto* from = reinterpret_cast<const float*>(engine_at(one.from, static_cast<uint32_t>(one.bytes), 16, "add_bulk"));
     for (int i = 0; i < one.bytes / 4; ++i) one.to[i] += from[i];
 }
 
-Phased& barrier_at(const uint64_t* pointer, const char* what) {
-    uint32_t address = address_of(pointer);
-    auto found = phased.find(address);
-    if (found == phased.end()) fail(text("%s: no barrier at shared byte %u: not initialized", what, address - SHARED_START));
+// The barrier that lies at `address` in one block of the cluster.
+Phased& barrier_at(int block, uint32_t address, const char* what) {
+    auto found = phased[block].find(address);
+    if (found == phased[block].end())
+        fail(text("%s: no barrier at shared byte %u%s: not initialized", what, address - SHARED_START,
+                  block == rank() ? "" : text(" of block %d of the cluster", block).c_str()));
+    shared_at(address, 8, 8, what);
     uint64_t word;
-    memcpy(&word, shared_at(address, 8, 8, what), 8);
+    memcpy(&word, shared_memory[block] + address, 8);
     if (word != BARRIER_MARK) fail(text("%s: the barrier at shared byte %u was overwritten", what, address - SHARED_START));
     return found->second;
 }
@@ -374,11 +381,15 @@ void settle(Phased& barrier) {
     ++barrier.phase;
 }
 
-void arrive(uint64_t* pointer, int bytes, const char* what) {
-    Phased& barrier = barrier_at(pointer, what);
+void expect_announced(const Phased& barrier, const char* what) {
+    if (!barrier.announced) fail(text("%s: its barrier was initialized, but no barrier_init_done followed", what));
+}
+
+void arrive(int block, uint32_t address, int bytes, const char* what) {
+    Phased& barrier = barrier_at(block, address, what);
     if (barrier.pending == 0)
         fail(text("%s: more than %d arrivals in one phase of the barrier at shared byte %u", what, barrier.count,
-                  address_of(pointer) - SHARED_START));
+                  address - SHARED_START));
     barrier.bytes += bytes;
     --barrier.pending;
     settle(barrier);
@@ -389,7 +400,7 @@ uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; 
 
 void fill_box(const Box& box, bool with_data) {
     if (box.row != nullptr) {
-        engine_write(box.to, with_data ? box.row : nullptr, box.bytes);
+        engine_write(box.block, box.to, with_data ? box.row : nullptr, box.bytes);
         return;
     }
     const TensorMap& map = box.map;
@@ -408,13 +419,14 @@ void fill_box(const Box& box, bool with_data) {
                         from += (d == 0 ? map.itemsize : map.strides[d - 1]) * at;
                     }
                     const void* number = inside ? reinterpret_cast<const void*>(from) : &zero;
-                    engine_write(swizzled(box.to + 128 * row + map.itemsize * i0), with_data ? number : nullptr, map.itemsize);
+                    uint32_t to = swizzled(box.to + 128 * row + map.itemsize * i0);
+                    engine_write(box.block, to, with_data ? number : nullptr, map.itemsize);
                 }
 }
 
 void land(const Box& box) {
     fill_box(box, true);
-    Phased& barrier = phased.at(box.barrier);
+    Phased& barrier = phased[box.block].at(box.barrier);
     barrier.bytes -= box.bytes;
     settle(barrier);
 }
@@ -431,7 +443,7 @@ void begin(const Box& box) {
 bool deliver_late_copy() {
     for (size_t i = boxes.size(); i-- > 0;)
         for (int thread = 0; thread < grid.num_threads; ++thread)
-            if (awaited[thread] == boxes[i].barrier) {
+            if (awaited[boxes[i].block * grid.num_threads + thread] == boxes[i].barrier) {
                 Box box = boxes[i];
                 boxes.erase(boxes.begin() + static_cast<long>(i));
                 land(box);
@@ -449,27 +461,28 @@ void expect_map(const TensorMap* map) {
 
 void barrier_init(uint64_t* barrier, int arrivals) {
     uint32_t address = address_of(barrier);
-    if (phased.count(address)) fail("barrier_init: initialized a second time");
+    auto& own = phased[rank()];
+    if (own.count(address)) fail("barrier_init: initialized a second time");
     if (arrivals < 1) fail("barrier_init: fewer than 1 arrival");
     memcpy(shared_at(address, 8, 8, "barrier_init"), &BARRIER_MARK, 8);
-    phased[address] = {arrivals, arrivals, 0, 0, thread(), false};
+    own[address] = {arrivals, arrivals, 0, 0, thread(), false};
 }
 
 void barrier_init_done() {
-    for (auto& one : phased)
+    for (auto& one : phased[rank()])
         if (one.second.maker == thread()) one.second.announced = true;
 }
 
-void barrier_arrive(uint64_t* barrier) { arrive(barrier, 0, "barrier_arrive"); }
+void barrier_arrive(uint64_t* barrier) { arrive(rank(), address_of(barrier), 0, "barrier_arrive"); }
 
 void barrier_expect(uint64_t* barrier, int bytes) {
     if (bytes < 0 || bytes >= 1 << 20) fail(text("barrier_expect: %d bytes", bytes));
-    arrive(barrier, bytes, "barrier_expect");
+    arrive(rank(), address_of(barrier), bytes, "barrier_expect");
 }
 
 void barrier_wait(uint64_t* pointer, int parity) {
-    Phased& barrier = barrier_at(pointer, "barrier_wait");
     uint32_t address = address_of(pointer);
+    Phased& barrier = barrier_at(rank(), address, "barrier_wait");
     awaited[thread()] = address;
     wait_until([&barrier, parity] { return (barrier.phase & 1) != (static_cast<unsigned>(parity) & 1); }, [&] {
         return text("parity %d of the barrier at shared byte %u (in phase %u, %d of %d arrivals and %ld bytes missing)",
@@ -480,9 +493,8 @@ void barrier_wait(uint64_t* pointer, int parity) {
 
 void load_box(void* to, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3) {
     expect_map(map);
-    if (!barrier_at(barrier, "load_box").announced)
-        fail("load_box: its barrier was initialized, but no barrier_init_done followed");
-    Box box{*map, address_of(to), address_of(barrier), {c0, c1, c2, c3}, nullptr, box_bytes(*map)};
+    Box box{*map, address_of(to), address_of(barrier), {c0, c1, c2, c3}, nullptr, box_bytes(*map), rank()};
+    expect_announced(barrier_at(box.block, box.barrier, "load_box"), "load_box");
     shared_at(box.to, box.bytes, 128, "load_box");
     begin(box);
 }
@@ -490,9 +502,8 @@ void load_box(void* to, const TensorMap* map, uint64_t* barrier, int c0, int c1,
 void load_bulk(void* to, const void* from, uint64_t* barrier, int bytes) {
     expect_aligned(from, "load_bulk");
     if (bytes <= 0 || bytes % 16 != 0) fail(text("load_bulk: %d bytes, not a multiple of 16", bytes));
-    if (!barrier_at(barrier, "load_bulk").announced)
-        fail("load_bulk: its barrier was initialized, but no barrier_init_done followed");
-    Box box{{}, address_of(to), address_of(barrier), {}, from, static_cast<uint32_t>(bytes)};
+    Box box{{}, address_of(to), address_of(barrier), {}, from, static_cast<uint32_t>(bytes), rank()};
+    expect_announced(barrier_at(box.block, box.barrier, "load_bulk"), "load_bulk");
     shared_at(box.to, box.bytes, 16, "load_bulk");
     begin(box);
 }
@@ -513,9 +524,99 @@ namespace emulated {
 void bulk_wait_read(int pending) { retire(adds[static_cast<size_t>(thread())].groups, pending, add); }
 }  // namespace emulated
 
-void fence_for_engine() { fenced_since = true; }
+void fence_for_engine() { fenced_since[rank()] = true; }
 
 void prefetch_map(const TensorMap* map) { expect_map(map); }
+
+// ---- blocks of a cluster ----------------------------------------------------------------------------------------
+
+namespace emulated {
+namespace {
+
+struct Together {
+    int arrived = 0;
+    unsigned round = 0;
+};
+Together whole;  // the cluster's barrier
+
+struct FarStore {
+    int block;
+    uint32_t to;
+    Words x;
+};
+std::vector<std::vector<FarStore>> far_stores;  // of each thread, under way
+
+// A block of the cluster that has threads: the memory of one that ended is another cluster's by now.
+int living_block(int block, const char* what) {
+    if (block < 0 || block >= grid.num_blocks) fail(text("%s: block %d of a cluster of %d", what, block, grid.num_blocks));
+    if (grid.blocks[block].running == 0)
+        fail(text("%s: all threads of block %d of the cluster have ended, and its shared memory with them", what, block));
+    return block;
+}
+
+std::vector<bool*> paused;  // threads that go on when no other can; true = it does
+
+void let_others_go_on() {
+    bool over = false;
+    paused.push_back(&over);
+    wait_until([&over] { return over; }, [] { return std::string("its turn"); });
+}
+
+bool go_on_in_background() {
+    if (paused.empty()) return deliver_late_copy();
+    *paused.front() = true;
+    paused.erase(paused.begin());
+    return true;
+}
+
+void land(const FarStore& store) { memcpy(shared_memory[store.block] + store.to, &store.x, sizeof(Words)); }
+
+}  // namespace
+}  // namespace emulated
+
+int rank_in_cluster() { return rank(); }
+
+void sync_cluster() {
+    auto& mine = far_stores[static_cast<size_t>(thread())];
+    for (const FarStore& store : mine) land(store);
+    mine.clear();
+    const unsigned round = whole.round;
+    if (++whole.arrived == threads_in_cluster()) {
+        whole.arrived = 0;
+        ++whole.round;
+    }
+    wait_until([round] { return whole.round != round; },
+               [] { return text("sync_cluster (%d of %d threads are there)", whole.arrived, threads_in_cluster()); });
+}
+
+void barrier_arrive_at(uint64_t* barrier, int rank) {
+    const int block = living_block(rank, "barrier_arrive_at");
+    expect_announced(barrier_at(block, address_of(barrier), "barrier_arrive_at"), "barrier_arrive_at");
+    arrive(block, address_of(barrier), 0, "barrier_arrive_at");
+    if (!grid.prompt) let_others_go_on();
+}
+
+void store_16_at(int rank, void* to, const Words& x) {
+    const FarStore store{living_block(rank, "store_16_at"), address_of(to), x};
+    shared_at(store.to, sizeof(Words), 16, "store_16_at");
+    if (grid.prompt || rank == emulated::rank()) return land(store);
+    memset(shared_memory[store.block] + store.to, POISON, sizeof(Words));
+    far_stores[static_cast<size_t>(thread())].push_back(store);
+}
+
+void load_box_for(int blocks, void* to, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3) {
+    expect_map(map);
+    if (blocks <= 0 || blocks >> grid.num_blocks != 0)
+        fail(text("load_box_for: blocks of the bits 0x%x of a cluster of %d", unsigned(blocks), grid.num_blocks));
+    Box box{*map, address_of(to), address_of(barrier), {c0, c1, c2, c3}, nullptr, box_bytes(*map)};
+    shared_at(box.to, box.bytes, 128, "load_box_for");
+    for (; box.block < grid.num_blocks; ++box.block) {
+        if ((blocks >> box.block & 1) == 0) continue;
+        living_block(box.block, "load_box_for");
+        expect_announced(barrier_at(box.block, box.barrier, "load_box_for"), "load_box_for");
+        begin(box);
+    }
+}
 
 // ---- products of a warpgroup ------------------------------------------------------------------------------------
 // Each warp has its 16 rows, its own groups and its own wait: it learns nothing about the other three.
@@ -537,7 +638,7 @@ struct GroupWarp {
     bool fenced = false;
     std::string issued;  // descriptors so far, to hold beside the other warps'
 };
-GroupWarp group_warps[MOST_THREADS / LANES];
+std::vector<GroupWarp> group_warps;  // by the warp's number in the cluster
 
 struct Tile {
     uint32_t start, leading, stride;
@@ -570,7 +671,7 @@ void execute(const GroupProduct& product) {
             if (a.start % 128 != 0) fail("wgmma: an MN-major tile that does not begin with its row");
             for (int k = 0; k < 16; ++k)
                 for (int m = 0; m < 16; ++m) {
-                    int row = 16 * (warp() % 4) + m;
+                    int row = 16 * (warp_in_block() % 4) + m;
                     left[m][k] = product.lift(a.piece(k, row / 8)[row % 8]);
                 }
         }
@@ -584,7 +685,7 @@ void execute(const GroupProduct& product) {
             Tile a(product.a);
             if (a.start % 128 > 96) fail(ACROSS);
             for (int k = 0; k < 16; ++k)
-                for (int m = 0; m < 16; ++m) left[m][k] = product.lift(a.piece(16 * (warp() % 4) + m, k / 8)[k % 8]);
+                for (int m = 0; m < 16; ++m) left[m][k] = product.lift(a.piece(16 * (warp_in_block() % 4) + m, k / 8)[k % 8]);
         }
         for (int k = 0; k < 16; ++k)
             for (int n = 0; n < product.columns; ++n) right[k][n] = product.lift(b.piece(n, k / 8)[k % 8]);
@@ -599,35 +700,55 @@ void execute(const GroupProduct& product) {
     }
 }
 
-void begin_block() {
-    for (NamedBarrier& barrier : named) barrier = NamedBarrier{};
-    for (Copies& mine : copies) mine = Copies{};
-    for (Adds& mine : adds) mine = Adds{};
-    for (GroupWarp& mine : group_warps) mine = GroupWarp{};
+void begin_cluster() {
+    const auto threads = static_cast<size_t>(threads_in_cluster());
+    copies.assign(threads, Copies{});
+    adds.assign(threads, Adds{});
+    far_stores.assign(threads, {});
+    group_warps.assign(threads / LANES, GroupWarp{});
     memset(registers, 0, sizeof(registers));
     memset(awaited, 0, sizeof(awaited));
-    memset(engine_memory, POISON, sizeof(engine_memory));
-    fenced_since = false;
-    phased.clear();
+    whole.arrived = 0;
     boxes.clear();
+    paused.clear();
+    for (int block = 0; block < grid.num_blocks; ++block) {
+        for (NamedBarrier& barrier : named[block]) barrier = NamedBarrier{};
+        memset(engine_memory[block], POISON, SHARED_START + grid.shared_bytes);
+        fenced_since[block] = false;
+        phased[block].clear();
+    }
 }
 
-void check_block_end() {
-    std::string where = text("block (%u, %u, %u) ended with ", blockIdx.x, blockIdx.y, blockIdx.z);
-    for (const Adds& mine : adds)
-        if (!mine.open.empty() || !mine.groups.empty()) throw Error{where + "bulk additions under way"};
-    if (!boxes.empty()) throw Error{where + text("%d boxes under way", int(boxes.size()))};
-    int sum = 0, asked = 0, warps = grid.num_threads / LANES;
+void check_warps_end(int block, const std::string& where) {
+    const int warps = grid.num_threads / LANES, first = block * warps;
+    int sum = 0, asked = 0;
     for (int i = 0; i < warps; ++i) {
-        const GroupWarp& mine = group_warps[i];
+        const GroupWarp& mine = group_warps[static_cast<size_t>(first + i)];
         if (!mine.open.empty() || !mine.groups.empty()) throw Error{where + text("products of warp %d under way", i)};
-        if (i % 4 != 0 && mine.issued != group_warps[i - 1].issued)
+        if (i % 4 != 0 && mine.issued != group_warps[static_cast<size_t>(first + i - 1)].issued)
             throw Error{where + text("warps %d and %d of one warpgroup having asked for different products", i - 1, i)};
-        sum += LANES * registers[i];
-        asked += registers[i] != 0;
+        sum += LANES * registers[first + i];
+        asked += registers[first + i] != 0;
     }
-    if (warps % 4 != 0 && !group_warps[warps - 1].issued.empty()) throw Error{where + "an incomplete warpgroup"};
+    if (warps % 4 != 0 && !group_warps[static_cast<size_t>(first + warps - 1)].issued.empty())
+        throw Error{where + "an incomplete warpgroup"};
     if (asked == warps && sum > 65536) throw Error{where + text("%d registers asked for, of 65536", sum)};
+}
+
+void check_block_end(int block) {
+    const std::string where = title(grid.blocks[block].index) + " ended with ";
+    const int first = block * grid.num_threads;
+    for (int i = first; i < first + grid.num_threads; ++i) {
+        const Adds& mine = adds[static_cast<size_t>(i)];
+        if (!mine.open.empty() || !mine.groups.empty()) throw Error{where + "bulk additions under way"};
+    }
+    int to_it = 0;
+    for (const Box& box : boxes) to_it += box.block == block;
+    if (to_it > 0) throw Error{where + text("%d boxes under way to it", to_it)};
+    for (const auto& stores : far_stores)
+        for (const FarStore& store : stores)
+            if (store.block == block) throw Error{where + "a store_16_at under way to it"};
+    check_warps_end(block, where);
 }
 
 }  // namespace

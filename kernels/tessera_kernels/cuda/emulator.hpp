@@ -37,8 +37,11 @@ struct Launch {
     char* message;  // one line, when the launch fails
     size_t room;
     void** stacks;  // the threads', of all kernels in the process: null before the first launch; one launch at a time
+    int cluster;    // blocks along x that run together; 1 = each alone
 };
 int launch(void (*kernel)(void** arguments), const int* sizes, int num_arguments, const Launch& request);
+
+inline int cluster_of_next = 1;  // what the kernel above the next entry says of itself
 
 template <auto kernel> struct Entry;
 template <class... P, void (*kernel)(P...)> struct Entry<kernel> {
@@ -90,15 +93,22 @@ template <> inline Lift lift_of<f16>() { return from_f16; }
 
 #define TESSERA_DEVICE inline
 #define TESSERA_KERNEL(threads) void
+#define TESSERA_JOINED(a, b) a##b
+#define TESSERA_AT_LINE(name, line) TESSERA_JOINED(name, line)
+#define TESSERA_CLUSTER_KERNEL(blocks, threads)                                                                        \
+    static const int TESSERA_AT_LINE(tessera_cluster_at_, __LINE__) = emulated::cluster_of_next = (blocks);            \
+    void
 #define TESSERA_KERNEL_SHARED_SM(threads, blocks) void
 #define TESSERA_SHARED(name) unsigned char* const name = emulated::shared()
 #define TESSERA_GRID_CONSTANT
 #define TESSERA_ENTRY(name)                                                                                            \
+    static const int tessera_cluster_of_##name = std::exchange(emulated::cluster_of_next, 1);                          \
     extern "C" __attribute__((visibility("default"))) int tessera_launch_##name(                                       \
         const unsigned* grid, const unsigned* block, unsigned shared_bytes, void** arguments, const int* sizes,        \
         int num_arguments, char* message, size_t room, void** stacks) {                                                \
         return emulated::Entry<name>::launch(                                                                          \
-            {grid, block, shared_bytes, arguments, sizes, num_arguments, message, room, stacks});                      \
+            {grid, block, shared_bytes, arguments, sizes, num_arguments, message, room, stacks,                        \
+             tessera_cluster_of_##name});                                                                              \
     }
 
 // ---- numbers ----------------------------------------------------------------------------------------------------
@@ -145,8 +155,6 @@ inline bool any_in_warp(bool x) {
     for (int mask = 1; mask < 32; mask *= 2) any += shuffle_xor(any, mask);
     return any > 0.0f;
 }
-inline void let_next_start() {}  // here kernels run one after the other
-inline void wait_for_kernel_before() {}
 template <int count> inline void fewer_registers() {
     static_assert(count % 8 == 0 && count >= 24 && count <= 256, "setmaxnreg takes multiples of 8 from 24 to 256");
     emulated::set_registers(count);
@@ -169,12 +177,6 @@ inline void store_8(bool there, float* to, float first, float second) {
     emulated::expect_aligned(to, "store_8", 8);
     to[0] = first;
     to[1] = second;
-}
-inline void add_8(bool there, float* to, float first, float second) {
-    if (!there) return;
-    emulated::expect_aligned(to, "add_8", 8);
-    to[0] += first;
-    to[1] += second;
 }
 inline void keep_packed(Words&) {}
 void copy_16(uint32_t to, const void* from, int valid);
@@ -204,6 +206,14 @@ void bulk_commit();
 template <int pending> inline void bulk_wait_read() { emulated::bulk_wait_read(pending); }
 void prefetch_map(const TensorMap* map);
 void fence_for_engine();
+
+// ---- blocks of a cluster ----------------------------------------------------------------------------------------
+
+int rank_in_cluster();
+void sync_cluster();
+void barrier_arrive_at(uint64_t* barrier, int rank);
+void store_16_at(int rank, void* to, const Words& x);
+void load_box_for(int blocks, void* to, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3);
 
 // ---- products of a warpgroup ------------------------------------------------------------------------------------
 

@@ -14,12 +14,12 @@
 #include "product_ring.cuh"
 #include "store_rows.cuh"
 
-constexpr int GROUP_X = 16;  // row blocks
+constexpr int GROUP_X = 16 / PAIR;  // clusters' rows
 
 struct Problem {
     const float *scale_a, *scale_b;
     TYPE* c;
-    int rows, outputs, steps, blocks_x, blocks_f;
+    int rows, outputs, steps, blocks_x, blocks_f;  // blocks_x: of a cluster's rows
 };
 
 struct Work {
@@ -28,33 +28,33 @@ struct Work {
     TESSERA_DEVICE Work(const Problem& p, int item) {
         const int whole = GROUP_X * p.blocks_f, first = item / whole * GROUP_X, inside = item % whole;
         const int height = min(GROUP_X, p.blocks_x - first);
-        row = (first + inside % height) * ROWS;
+        row = ((first + inside % height) * PAIR + own_rank()) * ROWS;
         output = inside / height * COLUMNS;
     }
 };
 
 TESSERA_DEVICE void copy_all(Ring& ring, const Problem& p, const TensorMap* a, const TensorMap* b) {
     Turn<STAGES> turn;
-    for (int item = blockIdx.x; item < p.blocks_x * p.blocks_f; item += gridDim.x) {
+    for (int item = first_item(); item < p.blocks_x * p.blocks_f; item = item_after(item)) {
         const Work w(p, item);
-        for (int step = 0; step < p.steps; ++step, turn.next()) {
-            uint64_t* full = open_stage(ring, turn);
-            load_box(ring.left[turn.stage], a, full, step * TERMS, w.row, 0, 0);
-            load_box(ring.right[turn.stage], b, full, step * TERMS, w.output, 0, 0);
-        }
+        for (int step = 0; step < p.steps; ++step, turn.next())
+            load_factors(ring, turn, a, w.row, b, w.output, step * TERMS);
     }
 }
 
-// Outputs `output` + 8 i and the next of both rows.
+struct alignas(8) Pair { float first, second; };
+
+// Outputs `output` + 8 i and the next of both rows; their number is even.
 TESSERA_DEVICE void scale_columns(Sums& sums, const Problem& p, int output) {
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 8; ++i)
+    for (int i = 0; i < COLUMNS / 8; ++i) {
+        const Pair scale = *reinterpret_cast<const Pair*>(p.scale_b + min(output + 8 * i, p.outputs - 2));
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const float scale = p.scale_b[min(output + 8 * i + j, p.outputs - 1)];
-            sums[4 * i + j] *= scale;
-            sums[4 * i + 2 + j] *= scale;
+        for (int half = 0; half < 2; ++half) {
+            sums[4 * i + 2 * half] *= scale.first;
+            sums[4 * i + 2 * half + 1] *= scale.second;
         }
+    }
 }
 
 TESSERA_DEVICE void multiply_all(Ring& ring, const Problem& p) {
@@ -62,7 +62,7 @@ TESSERA_DEVICE void multiply_all(Ring& ring, const Problem& p) {
     const int thread = threadIdx.x % 128, lane = thread % 32, inside = group * 64 + thread / 32 * 16;
     Turn<STAGES> turn;
     fall_behind(ring, group, p.steps);
-    for (int item = blockIdx.x; item < p.blocks_x * p.blocks_f; item += gridDim.x) {
+    for (int item = first_item(); item < p.blocks_x * p.blocks_f; item = item_after(item)) {
         const Work w(p, item);
         const int row = w.row + inside;
         float factor[2];
@@ -70,7 +70,7 @@ TESSERA_DEVICE void multiply_all(Ring& ring, const Problem& p) {
         for (int half = 0; half < 2; ++half)
             factor[half] = BY_ROW ? p.scale_a[min(row + lane / 4 + 8 * half, p.rows - 1)] : p.scale_a[0] * p.scale_b[0];
         Sums sums;
-        multiply<e4m3, false>(sums, ring, turn, p.steps, group);
+        multiply<e4m3>(sums, ring, turn, p.steps, group);
         if constexpr (BY_ROW) scale_columns(sums, p, w.output + lane % 4 * 2);
         TYPE* c = p.c + static_cast<int64_t>(row) * p.outputs + w.output;
 #pragma unroll
@@ -82,7 +82,7 @@ TESSERA_DEVICE void multiply_all(Ring& ring, const Problem& p) {
     }
 }
 
-TESSERA_KERNEL(THREADS) fp8_matmul(
+TESSERA_CLUSTER_KERNEL(PAIR, THREADS) fp8_matmul(
     const TESSERA_GRID_CONSTANT TensorMap a, const TESSERA_GRID_CONSTANT TensorMap b, const float* scale_a, const float* scale_b,
     TYPE* c, int rows, int outputs, int steps, int blocks_x, int blocks_f) {
     TESSERA_SHARED(memory);
@@ -93,7 +93,7 @@ TESSERA_KERNEL(THREADS) fp8_matmul(
         prefetch_map(&a);
         prefetch_map(&b);
     }
-    sync_threads();
+    all_begin();
     if (threadIdx.x < 128) {
         fewer_registers<SPARED>();
         if (threadIdx.x == 0) copy_all(ring, p, &a, &b);
@@ -101,5 +101,6 @@ TESSERA_KERNEL(THREADS) fp8_matmul(
         more_registers<REGISTERS>();
         multiply_all(ring, p);
     }
+    all_end();
 }
 TESSERA_ENTRY(fp8_matmul)

@@ -98,14 +98,15 @@ def _run(
         return torch.zeros((rows, outputs), dtype=out_dtype, device=a.device)
     c_XF = a.new_empty((rows, outputs), dtype=out_dtype)
     pairs_a, pairs_b = _pairs(a), _pairs(b)
-    blocks_x, blocks_f = -(-rows // BLOCK), -(-outputs // COLUMNS)
+    pair = 2 if rows > BLOCK else 1
+    blocks_x, blocks_f = -(-rows // (BLOCK * pair)), -(-outputs // COLUMNS)
     launch(
-        product_kernel(out_dtype, by_row, config.stages),
-        grid=(min(blocks_x * blocks_f, num_sms(a.device)), 1, 1),
+        product_kernel(out_dtype, by_row, config.stages, pair),
+        grid=(pair * min(blocks_x * blocks_f, num_sms(a.device) // pair), 1, 1),
         block=THREADS,
         arguments=[
-            _map(pairs_a, BLOCK), _map(pairs_b, COLUMNS), scale_a, scale_b, c_XF, rows, outputs, math.ceil(width / INPUTS),
-            blocks_x, blocks_f,
+            _map(pairs_a, BLOCK), _map(pairs_b, COLUMNS // pair), scale_a, _in_pairs(scale_b), c_XF, rows, outputs,
+            math.ceil(width / INPUTS), blocks_x, blocks_f,
         ],
         like=a,
         shared_bytes=config.shared_bytes,
@@ -122,17 +123,27 @@ def _pairs(codes: Tensor) -> Tensor:
     return torch.nn.functional.pad(bytes_XD, (0, -width % 16)).view(torch.int16)
 
 
+def _in_pairs(scales: Tensor) -> Tensor:
+    """Return scales that are read two at a time."""
+    return scales if scales.data_ptr() % 8 == 0 else scales.clone()
+
+
 def _map(pairs: Tensor, rows_of_box: int) -> TensorMap:
     return tensor_map(pairs[None, None], (1, 1, rows_of_box, INPUTS // 2))
 
 
 @functools.cache
-def product_kernel(dtype: torch.dtype, by_row: bool, stages: int) -> Kernel:
-    """Return the specialization of `fp8_matmul.cu` for the result's dtype, a kind of scales, and a ring."""
-    defines = (("TYPE", NAMES[dtype]), ("BY_ROW", int(by_row)), ("STAGES", stages))
+def product_kernel(dtype: torch.dtype, by_row: bool, stages: int, pair: int) -> Kernel:
+    """Return the specialization of `fp8_matmul.cu` for the result's dtype, a kind of scales, a ring, and 1 or 2 blocks a cluster."""
+    defines = (("TYPE", NAMES[dtype]), ("BY_ROW", int(by_row)), ("STAGES", stages), ("PAIR", pair))
     return Kernel("fp8_matmul.cu", "fp8_matmul", defines, needs="sm_90a")
 
 
 def specializations() -> list[Kernel]:
     """Return what `python -m tessera_kernels.cuda.build` compiles."""
-    return [product_kernel(dtype, by_row, CONFIGS[0].stages) for dtype in NAMES for by_row in (False, True)]
+    return [
+        product_kernel(dtype, by_row, CONFIGS[0].stages, pair)
+        for dtype in NAMES
+        for by_row in (False, True)
+        for pair in (1, 2)
+    ]

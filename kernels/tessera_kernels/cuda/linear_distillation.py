@@ -1,9 +1,8 @@
-"""The linear distillation loss with its products in CUDA C++, for half precision on Hopper.
+"""The linear distillation loss with its logits in CUDA C++, for half precision on Hopper.
 
 What the loss is, how rows are cut under a byte budget, and the row kernels between the products are those of
-`tessera_kernels.triton.linear_distillation`. Here are two of its products: both models' logits with their softmax sums in one
-launch (`linear_logits.cu`), and the sum of d head over chunks (`linear_head_gradient.cu`); what they share:
-`product_ring.cuh`. Numbers that the copy engine cannot read, and float32, take the library's products, as there.
+`tessera_kernels.triton.linear_distillation`. Here are both models' logits with their softmax sums in one launch
+(`linear_logits.cu`). Numbers that the copy engine cannot read, and float32, take the library's products, as there.
 
 Reference: `tessera_kernels.reference.linear_distillation`.
 """
@@ -72,14 +71,15 @@ def multiply_both(student: Model, teacher: Model, logits: Tensor, labels: Tensor
     Four numbers of the student's, two of the teacher's: see `tessera_kernels.triton._logit_tiles.multiply_both`.
     """
     count, vocab = len(student[0]), len(student[1])
-    blocks_x, blocks_v = -(-count // BLOCK), -(-vocab // COLUMNS)
+    pair = 2 if count > BLOCK else 1
+    blocks_x, blocks_v = -(-count // (BLOCK * pair)), -(-vocab // COLUMNS)
     sums = torch.empty(6, blocks_v, count, dtype=torch.float32, device=logits.device)
     models = [(student, logits[0], sums[:4], hard), (teacher, logits[1], sums[4:], False)]
     models.sort(key=lambda one: -one[0][0].shape[1])  # tiles of more terms first
-    maps = [one for (hidden, head), *_ in models for one in (_along(hidden, BLOCK), _along(head, COLUMNS))]
+    maps = [one for (hidden, head), *_ in models for one in (_along(hidden, BLOCK), _along(head, COLUMNS // pair))]
     launch(
-        logits_kernel(student[0].dtype, labels.dtype),
-        grid=(min(2 * blocks_x * blocks_v, num_sms(logits.device)), 1, 1),
+        logits_kernel(student[0].dtype, labels.dtype, pair),
+        grid=(pair * min(2 * blocks_x * blocks_v, num_sms(logits.device) // pair), 1, 1),
         block=THREADS,
         shared_bytes=RING_BYTES,
         arguments=[
@@ -92,47 +92,17 @@ def multiply_both(student: Model, teacher: Model, logits: Tensor, labels: Tensor
     return sums
 
 
-def add_head_gradient(total_VD: Tensor, slopes_XV: Tensor, hidden_XD: Tensor, adds: bool) -> None:
-    """Add slopes^T hidden to `total_VD` (float32, contiguous), or store it there unless `adds`."""
-    vocab, width = total_VD.shape
-    blocks_d = -(-width // COLUMNS)
-    count = -(-vocab // BLOCK) * blocks_d
-    launch(
-        gradient_kernel(hidden_XD.dtype),
-        grid=(min(count, num_sms(total_VD.device)), 1, 1),
-        block=THREADS,
-        shared_bytes=RING_BYTES,
-        arguments=[
-            _across(slopes_XV), _across(hidden_XD), total_VD, len(hidden_XD), vocab, width, blocks_d, count, int(adds),
-        ],
-        like=total_VD,
-    )  # fmt: skip
-
-
 def _along(matrix: Tensor, rows_of_box: int) -> TensorMap:
     return tensor_map(matrix[None, None], (1, 1, rows_of_box, TERMS))
 
 
-def _across(matrix: Tensor) -> TensorMap:
-    return tensor_map(matrix[None, None], (1, 1, TERMS, 64))
-
-
 @functools.cache
-def logits_kernel(dtype: torch.dtype, labels: torch.dtype) -> Kernel:
-    """Return the specialization of `linear_logits.cu`."""
-    defines = (("TYPE", NAMES[dtype]), ("LABEL", LABELS[labels]), ("STAGES", STAGES))
+def logits_kernel(dtype: torch.dtype, labels: torch.dtype, pair: int) -> Kernel:
+    """Return the specialization of `linear_logits.cu` for 1 or 2 blocks a cluster."""
+    defines = (("TYPE", NAMES[dtype]), ("LABEL", LABELS[labels]), ("STAGES", STAGES), ("PAIR", pair))
     return Kernel("linear_logits.cu", "linear_logits", defines, needs="sm_90a")
-
-
-@functools.cache
-def gradient_kernel(dtype: torch.dtype) -> Kernel:
-    """Return the specialization of `linear_head_gradient.cu`."""
-    defines = (("TYPE", NAMES[dtype]), ("STAGES", STAGES))
-    return Kernel("linear_head_gradient.cu", "linear_head_gradient", defines, needs="sm_90a")
 
 
 def specializations() -> list[Kernel]:
     """Return what `python -m tessera_kernels.cuda.build` compiles."""
-    return [logits_kernel(dtype, labels) for dtype in NAMES for labels in LABELS] + [
-        gradient_kernel(one) for one in NAMES
-    ]
+    return [logits_kernel(dtype, labels, pair) for dtype in NAMES for labels in LABELS for pair in (1, 2)]

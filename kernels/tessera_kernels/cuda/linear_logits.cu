@@ -7,7 +7,7 @@
 //   +-------+-------+                         [2 or 4, tiles of ids, rows] written from registers
 // X | tile  | tile  | 128 x 256    shared     STAGES x 64 terms of both factors (`product_ring.cuh`)
 //   +-------+-------+              registers  [64, 256] float32 a warpgroup: its sums are taken and written while the other
-//   rows go fastest: a head                   multiplies
+//   rows go fastest: a head                   multiplies; two blocks of a cluster have the same ids
 //   is read once
 //
 // The model of more terms comes first, so that the short tiles of the other fill the end.
@@ -27,7 +27,7 @@ struct Model {
 struct Problem {
     Model first, second;
     const LABEL* labels;
-    int rows, vocab, padded, blocks_x, blocks_v, cold;  // cold: the temperature is not 1
+    int rows, vocab, padded, blocks_x, blocks_v, cold;  // blocks_x: of a cluster's rows; cold: the temperature is not 1
     float unit;                                         // log2 e / tau
 
     TESSERA_DEVICE int count() const { return 2 * blocks_x * blocks_v; }
@@ -40,7 +40,7 @@ struct Work {
     TESSERA_DEVICE Work(const Problem& p, int item) {
         const int half = p.blocks_x * p.blocks_v, inside = item % half;
         is_first = item < half;
-        row = inside % p.blocks_x * ROWS;
+        row = (inside % p.blocks_x * PAIR + own_rank()) * ROWS;
         block = inside / p.blocks_x;
     }
     TESSERA_DEVICE Model of(const Problem& p) const { return is_first ? p.first : p.second; }
@@ -52,15 +52,12 @@ TESSERA_DEVICE void copy_all(
     Ring& ring, const Problem& p, const TensorMap* first_hidden, const TensorMap* first_head, const TensorMap* second_hidden,
     const TensorMap* second_head) {
     Turn<STAGES> turn;
-    for (int item = blockIdx.x; item < p.count(); item += gridDim.x) {
+    for (int item = first_item(); item < p.count(); item = item_after(item)) {
         const Work w(p, item);
         const TensorMap *hidden = w.is_first ? first_hidden : second_hidden, *head = w.is_first ? first_head : second_head;
         const int steps = steps_of(w.of(p));
-        for (int step = 0; step < steps; ++step, turn.next()) {
-            uint64_t* full = open_stage(ring, turn);
-            load_box(ring.left[turn.stage], hidden, full, step * TERMS, w.row, 0, 0);
-            load_box(ring.right[turn.stage], head, full, step * TERMS, w.block * COLUMNS, 0, 0);
-        }
+        for (int step = 0; step < steps; ++step, turn.next())
+            load_factors(ring, turn, hidden, w.row, head, w.block * COLUMNS, step * TERMS);
     }
 }
 
@@ -131,12 +128,12 @@ TESSERA_DEVICE void multiply_all(Ring& ring, const Problem& p) {
     const int group = same_in_warp(static_cast<int>(threadIdx.x) / 128) - 1;
     const int thread = threadIdx.x % 128, lane = thread % 32, inside = group * 64 + thread / 32 * 16 + lane / 4;
     Turn<STAGES> turn;
-    if (static_cast<int>(blockIdx.x) < p.count()) fall_behind(ring, group, steps_of(Work(p, blockIdx.x).of(p)));
-    for (int item = blockIdx.x; item < p.count(); item += gridDim.x) {
+    if (first_item() < p.count()) fall_behind(ring, group, steps_of(Work(p, first_item()).of(p)));
+    for (int item = first_item(); item < p.count(); item = item_after(item)) {
         const Work w(p, item);
         const Model model = w.of(p);
         Sums z;
-        multiply<TYPE, false>(z, ring, turn, steps_of(model), group);
+        multiply<TYPE>(z, ring, turn, steps_of(model), group);
         const int id = w.block * COLUMNS + lane % 4 * 2;
         if ((w.block + 1) * COLUMNS > p.vocab) {
 #pragma unroll
@@ -152,7 +149,7 @@ TESSERA_DEVICE void multiply_all(Ring& ring, const Problem& p) {
     }
 }
 
-TESSERA_KERNEL(THREADS) linear_logits(
+TESSERA_CLUSTER_KERNEL(PAIR, THREADS) linear_logits(
     const TESSERA_GRID_CONSTANT TensorMap first_hidden, const TESSERA_GRID_CONSTANT TensorMap first_head,
     const TESSERA_GRID_CONSTANT TensorMap second_hidden, const TESSERA_GRID_CONSTANT TensorMap second_head, float* first_logits,
     float* second_logits, float* first_sums, float* second_sums, const LABEL* labels, int first_width, int second_width,
@@ -168,7 +165,7 @@ TESSERA_KERNEL(THREADS) linear_logits(
         prefetch_map(&second_hidden);
         prefetch_map(&second_head);
     }
-    sync_threads();
+    all_begin();
     if (threadIdx.x < 128) {
         fewer_registers<SPARED>();
         if (threadIdx.x == 0) copy_all(ring, p, &first_hidden, &first_head, &second_hidden, &second_head);
@@ -176,5 +173,6 @@ TESSERA_KERNEL(THREADS) linear_logits(
         more_registers<REGISTERS>();
         multiply_all(ring, p);
     }
+    all_end();
 }
 TESSERA_ENTRY(linear_logits)

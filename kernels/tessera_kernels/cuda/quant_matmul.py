@@ -19,8 +19,6 @@ from torch import Tensor
 
 from tessera_kernels.checks import expect_between, expect_choice, expect_dtype, expect_same_device, expect_shape
 from tessera_kernels.cuda._launch import (
-    Argument,
-    Int64,
     Kernel,
     expect_cuda_device,
     is_mappable,
@@ -41,14 +39,24 @@ FEW_BLOCKS_F, MANY_BLOCK_F = (16, 32, 64), 256
 FEW_OUTPUTS = 4
 """Few rows take multiples of so many outputs: 16 bytes of steps."""
 
-FEW_THREADS, MANY_THREADS, ADDING_THREADS = 544, 384, 256
+FEW_THREADS, MANY_THREADS = 544, 384
 WARPS = 16
 """Warps that multiply in `quant_matmul_few.cu`: tiles of inputs in a stage, times products of 16 outputs."""
 
-SPLITS = (1, 2, 4, 8)
+SPLITS = (1, 2, 3, 4)
+"""Blocks of a cluster, which divide the inputs of a tile."""
+
+AT_ONCE = {1: NUM_SMS, 2: NUM_SMS, 3: 96, 4: 96}
+"""Blocks of clusters of each size that certainly run at the same time: a cluster stays in one of some eight groups of 14 to 18
+multiprocessors, and what is left over in each stays idle (32 clusters of four took two rounds on an H200)."""
+
 MOST_STAGES = 6
 BARRIERS = 1024
 """Bytes kept for the barriers behind the ring."""
+
+
+MOST_ROWS = 2048
+"""Above, the Triton kernel is faster, which writes the weight out first."""
 
 
 class QuantConfig(NamedTuple):
@@ -56,7 +64,7 @@ class QuantConfig(NamedTuple):
 
     block_x: int  # rows of x of one block, of `FEW` or `MANY`
     block_f: int = MANY_BLOCK_F  # outputs of one block, of `FEW_BLOCKS_F` for few rows
-    splits: int = 1  # blocks among which the inputs of one output are divided, at most; many rows alone
+    splits: int = 1  # blocks of a cluster, among which the inputs of one output are divided; many rows alone
     stages: int = 0  # stages of the ring; 0 = as many as fit
 
     @property
@@ -84,6 +92,12 @@ class QuantConfig(NamedTuple):
         """Shared memory of partial sums."""
         return 4 * self.tiles * self.block_x * self.block_f if self.is_few else 0
 
+    @property
+    def sent_bytes(self) -> int:
+        """Shared memory of the sums that the other blocks of a cluster send, over the ring."""
+        share = -(-self.block_x // (4 * self.splits)) * 4
+        return (self.splits - 1) * share * 4 * MANY_BLOCK_F
+
     def shared_bytes(self, bits: int, group: int) -> int:
         """Shared memory of a block: `struct Tiles` of the source."""
         return self.depth(bits, group) * self.stage_bytes(bits, group) + self.sums_bytes + BARRIERS
@@ -102,18 +116,28 @@ def choose_config(rows: int, num_outputs: int, width: int) -> QuantConfig:
     """Return the configuration for a shape.
 
     Few rows: the outputs of a block that end soonest on so many multiprocessors, wide ones where x has many rows, since each
-    block reads all of x. Many rows: few tiles divide their inputs until the blocks fill the device.
+    block reads all of x. Many rows: where there are few tiles, lower ones, which divide their inputs.
     """
     if rows <= FEW[-1] and num_outputs % FEW_OUTPUTS == 0:
         if rows > FEW[0]:
             return QuantConfig(FEW[1], FEW_BLOCKS_F[2 if num_outputs >= NUM_SMS // 2 * FEW_BLOCKS_F[2] else 1])
         ends = {block: math.ceil(math.ceil(num_outputs / block) / NUM_SMS) * block for block in FEW_BLOCKS_F}
         return QuantConfig(FEW[0], min(reversed(FEW_BLOCKS_F), key=lambda block: ends[block]))
-    block_x = MANY[0] if rows <= MANY[0] else MANY[1]
-    blocks, splits = -(-rows // block_x) * -(-num_outputs // MANY_BLOCK_F), 1
-    while splits < SPLITS[-1] and blocks * splits * 2 <= NUM_SMS and width >= TILE * 8 * splits:
-        splits *= 2
-    return QuantConfig(block_x, splits=splits)
+    blocks_f = -(-num_outputs // MANY_BLOCK_F)
+    low_tiles = -(-rows // MANY[0]) * blocks_f
+    is_low = rows <= MANY[0] or (rows <= MANY[1] and low_tiles * 2 <= AT_ONCE[2] and width >= TILE * 8)
+    tiles = low_tiles if is_low else -(-rows // MANY[1]) * blocks_f
+    splits = max(one for one in SPLITS if one == 1 or (tiles * one <= AT_ONCE[one] and width >= TILE * 4 * one))
+    return QuantConfig(MANY[0] if is_low else MANY[1], splits=splits)
+
+
+def is_faster(rows: int, num_outputs: int) -> bool:
+    """Was this kernel faster than the Triton one on an H200 (docs/kernels.md, section 4)? With outputs it writes at all."""
+    if num_outputs % FEW_OUTPUTS:
+        return False
+    if rows <= FEW[-1]:
+        return num_outputs <= FEW_BLOCKS_F[-1] * NUM_SMS  # a block each
+    return MANY[0] < rows <= MOST_ROWS
 
 
 def quant_matmul(x_XD: Tensor, weight: QuantWeight, *, config: QuantConfig | None = None) -> Tensor:
@@ -139,8 +163,13 @@ def _expect_fit(config: QuantConfig, weight: QuantWeight) -> None:
     """Raise unless a configuration exists and can take a weight."""
     expect_choice("block_x", config.block_x, FEW + MANY)
     expect_choice("block_f", config.block_f, FEW_BLOCKS_F if config.is_few else (MANY_BLOCK_F,))
+    expect_choice("splits", config.splits, (1,) if config.is_few else SPLITS)
     held = config.shared_bytes(weight.bits, weight.group or 0)
     expect_between("bytes of shared memory", held, 0, SHARED_BYTES, "a block has no more; fewer stages take less")
+    sent, ring = config.sent_bytes, held - config.sums_bytes - BARRIERS
+    expect_between(
+        "bytes of sums that blocks send each other", sent, 0, ring, "they lie over the ring; fewer splits send less"
+    )
     at_once, what = (FEW_OUTPUTS, "steps are copied four") if config.is_few else (2, "outputs are written two")
     if weight.num_outputs % at_once:
         raise KernelError(
@@ -175,23 +204,17 @@ def _run(x_XD: Tensor, codes: Tensor, steps: Tensor, bits: int, group: int, sett
             **where,
         )
         return y_XF
-    a_split = -(-tiles // config.splits)
-    splits = -(-tiles // a_split)  # none without inputs
-    parts = y_XF.new_empty((splits, rows, outputs), dtype=torch.float32) if splits > 1 else None
+    splits = config.splits
     x_map = tensor_map(x[None, None], (1, 1, config.block_x, HALF))
-    sizes: tuple[int, ...] = (rows, outputs, tiles, group_rows, blocks_x, blocks_f, splits, a_split)
     launch(
-        product_kernel(bits, group, config.block_x, config.depth(bits, group)),
-        grid=(min(blocks_x * blocks_f * splits, num_sms(x.device)), 1, 1),
+        product_kernel(bits, group, config.block_x, config.depth(bits, group), splits),
+        grid=(splits * min(blocks_x * blocks_f, max(1, num_sms(x.device) // splits)), 1, 1),
         block=MANY_THREADS,
-        arguments=[words_map, x_map, steps, y_XF, parts, *sizes],
+        arguments=[
+            words_map, x_map, steps, y_XF, rows, outputs, tiles, group_rows, blocks_x, blocks_f, -(-tiles // splits),
+        ],
         **where,
-    )
-    if parts is not None:
-        count = rows * outputs
-        across = -(-count // (2 * ADDING_THREADS))
-        given: list[Argument] = [parts, y_XF, Int64(count), splits]
-        launch(adding_kernel(), grid=(across, 1, 1), block=ADDING_THREADS, arguments=given, like=x, early=True)
+    )  # fmt: skip
     return y_XF
 
 
@@ -226,9 +249,9 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def product_kernel(bits: int, group: int, block_x: int, stages: int) -> Kernel:
-    """Return the specialization of `quant_matmul.cu` for a format and a ring; `group` 0 = a scale for each output."""
-    defines = (("BITS", bits), ("GROUP", group), ("BLOCK_X", block_x), ("STAGES", stages))
+def product_kernel(bits: int, group: int, block_x: int, stages: int, splits: int) -> Kernel:
+    """Return the specialization of `quant_matmul.cu` for a format, a ring and a cluster; `group` 0 = a scale for each output."""
+    defines = (("BITS", bits), ("GROUP", group), ("BLOCK_X", block_x), ("STAGES", stages), ("SPLITS", splits))
     return Kernel("quant_matmul.cu", "quant_matmul", defines, needs="sm_90a")
 
 
@@ -239,21 +262,15 @@ def few_kernel(bits: int, group: int, block_x: int, block_f: int, stages: int) -
     return Kernel("quant_matmul_few.cu", "quant_matmul_few", defines, needs="sm_90a")
 
 
-@functools.cache
-def adding_kernel() -> Kernel:
-    """Return the kernel that adds partial sums."""
-    return Kernel("quant_matmul_parts.cu", "add_parts", needs="sm_90a")
-
-
 def specializations() -> list[Kernel]:
     """Return what `python -m tessera_kernels.cuda.build` compiles: the usual formats at every number of rows."""
-    found = [adding_kernel()]
+    found = []
     for bits, group in ((8, 0), (8, 64), (8, 128), (4, 64), (4, 128)):
-        for config in dict.fromkeys(config._replace(splits=1) for config in CONFIGS):
+        for config in CONFIGS:
             depth = config.depth(bits, group)
             found.append(
                 few_kernel(bits, group, config.block_x, config.block_f, depth)
                 if config.is_few
-                else product_kernel(bits, group, config.block_x, depth)
+                else product_kernel(bits, group, config.block_x, depth, config.splits)
             )
     return found

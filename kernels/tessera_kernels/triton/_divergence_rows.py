@@ -138,9 +138,10 @@ def log_ratio_of_sums(mass, moved):
 
 @triton.jit
 def _log_mixture(r, weight):
-    """log(1 - w + w e^r) for |r| away from 0: the larger power is taken out."""
-    large = tl.where(r > 0.0, weight, 1.0 - weight)
-    return tl.maximum(r, 0.0) + log(large + (1.0 - large) * exp(-tl.abs(r)))
+    """log(1 - w + w e^r) for |r| away from 0: the larger power is taken out, for w = 0 or 1 the only one. Those are exact."""
+    above = ((r > 0.0) & (weight > 0.0)) | (weight >= 1.0)
+    large = tl.where(above, weight, 1.0 - weight)
+    return tl.where(above, r, 0.0) + log(large + (1.0 - large) * exp(-tl.abs(r)))
 
 
 @triton.jit

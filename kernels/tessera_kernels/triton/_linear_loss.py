@@ -14,7 +14,7 @@ cores read them. Everything runs in a fixed order without atomics: the same call
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -184,10 +184,6 @@ def hidden_sum_dtype(hidden_XD: Tensor) -> torch.dtype:
     return torch.float32 if hidden_XD.dtype == torch.float16 else hidden_XD.dtype
 
 
-IntoHead = Callable[[Tensor, Tensor, Tensor, bool], None]
-"""Adds to (or, with False, stores in) d head [V, D] the product of slopes [X, V], transposed, and hidden states [X, D]."""
-
-
 class GradientSums:
     """The gradients of hidden states and head as they grow, both times `unit` (see `unit_of`).
 
@@ -218,17 +214,13 @@ class GradientSums:
         if for_head:
             self.head_VD[vocab:].zero_()
 
-    def add_rows(
-        self, slopes_XV: Tensor, hidden_XD: Tensor, rows: slice, splits: int = 1, into_head: IntoHead | None = None
-    ) -> None:
-        """Take in the slopes of some rows over the whole vocabulary; `into_head` instead of the library's product."""
+    def add_rows(self, slopes_XV: Tensor, hidden_XD: Tensor, rows: slice, splits: int = 1) -> None:
+        """Take in the slopes of some rows over the whole vocabulary."""
         if self._for_hidden:
             _split_product(slopes_XV, self._head_VD[: self._vocab], self._hidden[0][rows], splits)
         if self._for_head:
             into = self.head_VD[: self._vocab]
-            if into_head is not None:
-                into_head(into, slopes_XV, hidden_XD, self._started)
-            elif self._started:
+            if self._started:
                 add_product(into, slopes_XV.T, hidden_XD)
             else:
                 product(slopes_XV.T, hidden_XD, into)

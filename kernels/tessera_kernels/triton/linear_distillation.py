@@ -283,12 +283,10 @@ def _in_chunks(
     logits = torch.empty(2, min(logit_rows, num_rows), padded, dtype=torch.float32, device=hidden.device)
     slopes = hidden.new_empty(min(rows, num_rows) if write else 1, padded)
     summed = _wants_sums(cut, hidden, head) and tiles.reads(*student, *teacher)
-    multiply_both, into_head = tiles.multiply_both, None
+    multiply_both = tiles.multiply_both
     if summed and cut.product == IN_CUDA:
-        from tessera_kernels.cuda.linear_distillation import add_head_gradient, multiply_both  # needs cuda-bindings
+        from tessera_kernels.cuda.linear_distillation import multiply_both  # needs cuda-bindings
 
-        pairs = sums.head_VD.dtype == torch.float32 and width % 2 == 0  # which it writes
-        into_head = add_head_gradient if pairs else None
     blocks, partials = triton.cdiv(vocab, tiles.BLOCK_V), losses
     for chunk in pieces(num_rows, rows):
         states = hidden[chunk]
@@ -306,7 +304,7 @@ def _in_chunks(
                 TILES=triton.next_power_of_2(blocks) * summed, **shape, **options,
             )  # fmt: skip
         if write:
-            sums.add_rows(slopes[: len(states), :vocab], states, chunk, splits, into_head)
+            sums.add_rows(slopes[: len(states), :vocab], states, chunk, splits)
 
 
 def _lift(kind: str, weight: float) -> float:

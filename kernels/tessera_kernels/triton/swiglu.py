@@ -30,6 +30,7 @@ from tessera_kernels.checks import (
 )
 from tessera_kernels.triton._gate_up import GateUpConfig, gate_up_forward
 from tessera_kernels.triton._launch import FLOATS, as_rows, graph_op, on_device, read, write
+from tessera_kernels.triton._row_math import LOG2_E
 
 
 class SwigluConfig(NamedTuple):
@@ -56,6 +57,22 @@ def choose_config(numel: int, itemsize: int) -> SwigluConfig:
 
 
 @triton.jit
+def _exp(x, WIDE: tl.constexpr):
+    """e^x; WIDE: to a few units of 6e-8 of itself however far x is from 0, where tl.exp loses |x| of them.
+
+    2^n e^(x - n ln 2) with ln 2 in two parts, n times the first of which is exact (Cody and Waite 1980).
+    """
+    if WIDE:
+        x = tl.where(x > 150.0, 150.0, tl.where(x < -150.0, -150.0, x))
+        n = tl.floor(x * LOG2_E)
+        rest = (x - n * 0.693359375) + n * 2.1219444005469058e-4
+        power = tl.exp2(rest * LOG2_E) * tl.exp2(n)
+    else:
+        power = tl.exp(x)
+    return power
+
+
+@triton.jit
 def _forward_kernel(gate, up, act, F, blocks, gate_stride, up_stride, BLOCK: tl.constexpr, EVEN: tl.constexpr):
     row = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
@@ -63,7 +80,12 @@ def _forward_kernel(gate, up, act, F, blocks, gate_stride, up_stride, BLOCK: tl.
     inside = columns < F - start
     g = read(gate + (row * gate_stride + start) + columns, inside, not EVEN).to(tl.float32)
     u = read(up + (row * up_stride + start) + columns, inside, not EVEN).to(tl.float32)
-    write(act + (row * F + start) + columns, g / (1.0 + tl.exp(-g)) * u, inside, not EVEN)
+    write(
+        act + (row * F + start) + columns,
+        g / (1.0 + _exp(-g, gate.dtype.element_ty == tl.float32)) * u,
+        inside,
+        not EVEN,
+    )
 
 
 @triton.jit
@@ -77,7 +99,7 @@ def _backward_kernel(
     g = read(gate + (row * gate_stride + start) + columns, inside, not EVEN).to(tl.float32)
     u = read(up + (row * up_stride + start) + columns, inside, not EVEN).to(tl.float32)
     upstream = read(dact + (row * dact_stride + start) + columns, inside, not EVEN).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp(-g))
+    sigmoid = 1.0 / (1.0 + _exp(-g, gate.dtype.element_ty == tl.float32))
     write(dgate + (row * F + start) + columns, upstream * u * (sigmoid * (1.0 + g * (1.0 - sigmoid))), inside, not EVEN)
     write(dup + (row * F + start) + columns, upstream * (g * sigmoid), inside, not EVEN)
 

@@ -124,8 +124,8 @@ OP = KernelOp(
     bugs=(
         _bug("now = tl.load(step) + 1", "now = tl.load(step) + 2"),
         _bug("tl.sqrt_rn(v * correction2) + eps", "tl.sqrt_rn((v + eps) * correction2)"),
-        _bug("start += tl.num_programs(0) * BLOCK", "start += BLOCK"),
         _bug("g = (g.to(tl.float32) * tl.load(grad_scale)).to(g.dtype)", "g = g"),
         _bug("change += weight_decay * p", "change += weight_decay * m"),
     ),
+    cpu_bugs=(_bug("start += tl.num_programs(0) * BLOCK", "start += BLOCK"),),
 )

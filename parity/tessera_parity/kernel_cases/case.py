@@ -60,7 +60,7 @@ class KernelOp:
     tensors: Callable[[Any], Tensors]  # CPU tensors in the case's dtype, laid out: see `draw`
     kernel: Callable[[Any, Tensors], Tensors]  # outputs by name, gradients as "grad x"
     reference: Callable[[Any, Tensors], Tensors]  # the same names, in the dtype of what it is handed
-    bugs: tuple[Patch, ...]  # planted in the kernel's source, each caught by a few small cases in the interpreter
+    bugs: tuple[Patch, ...]  # planted in the kernel's source, each caught by a few small cases
     examples: tuple[Any, ...]  # cases that always run: whatever failed once, and the known traps
     exact: frozenset[str] = frozenset()  # outputs that equal the float64 answer's bit for bit
     row_independent: tuple[str, ...] = ()  # outputs whose row alone equals the row in the batch, bit for bit
@@ -73,7 +73,14 @@ class KernelOp:
     """Terms of an output's longest sum; default: the largest dimension of any tensor of the case."""
     unordered: Callable[[Any], frozenset[str]] = lambda case: frozenset()
     """Outputs whose sums run in no fixed order in this case (atomic adds); all others repeat bit for bit."""
+    cpu_bugs: tuple[Patch, ...] = ()
+    """Bugs that are planted on a CPU alone, where the interpreter and the emulator show them: at a missing wait a GPU hangs,
+    faults, or is right by its timing, and it has a program for every tile of a small case."""
     bug_cases: tuple[Any, ...] = ()  # small cases that the bugs must be caught by; default: `examples`
+
+    def bugs_on(self, device: str) -> tuple[Patch, ...]:
+        """Return the bugs that are planted on a device."""
+        return self.bugs + (self.cpu_bugs if device == "cpu" else ())
 
     def __post_init__(self) -> None:
         if bool(self.row_independent) != bool(self.row_inputs):

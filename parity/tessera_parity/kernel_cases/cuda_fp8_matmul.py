@@ -63,12 +63,15 @@ OP = replace(
     bugs=(
         _bug("p.scale_a[0] * p.scale_b[0]", "p.scale_a[0]"),
         _bug("if constexpr (BY_ROW) scale_columns", "if constexpr (BY_ROW && GROUP_X == 0) scale_columns"),
-        _bug("sums[4 * i + 2 + j] *= scale;", ""),
+        _bug("sums[4 * i + 2 * half + 1] *= scale.second;", ""),
         _bug("row + lane / 4 + 8 * half, p.rows", "row + lane / 4, p.rows"),
         _bug("p.rows - row, p.outputs - w.output - 64 * part", "p.rows - row + 1, p.outputs - w.output - 64 * part"),
         _bug("p.outputs - w.output - 64 * part, lane", "p.outputs - w.output, lane"),
         _bug("c + 64 * part", "c"),
-        _bug("step * TERMS, w.output", "0, w.output"),
+        _bug("w.output, step * TERMS", "w.output, 0"),
+        _bug("* PAIR + own_rank()) * ROWS", "* PAIR) * ROWS"),
+    ),
+    cpu_bugs=(
         _bug("barrier_wait(&ring.empty[turn.stage], turn.parity ^ 1);", "", "product_ring.cuh"),
     ),
 )  # fmt: skip

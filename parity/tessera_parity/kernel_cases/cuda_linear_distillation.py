@@ -1,4 +1,4 @@
-"""Cases of the linear distillation loss with its products in CUDA C++: those of the Triton op that these products read."""
+"""Cases of the linear distillation loss with its logits in CUDA C++: those of the Triton op that this product reads."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def _bug(file: str, find: str, replace_by: str) -> Patch:
 
 
 _JSD = Case(dtype="bfloat16", wider=8, rows=9, vocab=300, divergence="generalized_jsd", config=LONG_BLOCKS)
-_RING, _LOGITS, _HEAD = "product_ring.cuh", "linear_logits.cu", "linear_head_gradient.cu"
+_RING, _LOGITS = "product_ring.cuh", "linear_logits.cu"
 
 OP = replace(
     TRITON,
@@ -57,11 +57,13 @@ OP = replace(
     configs=lambda: CONFIGS,
     examples=(
         _JSD,
+        Case(dtype="bfloat16", values="constant", rows=7, width=8, wider=0, vocab=2, divergence="reverse_kl"),  # 1e-11
         replace(_JSD, divergence="forward_kl", near=True, width=200, vocab=600, rows=130, chunk_rows=64),
         replace(_JSD, divergence="skew_kl", label_weight=0.3, z_loss=1e-2, temperature=0.7, padding=7, wider=200),
         replace(_JSD, divergence="reverse_kl", near=True, wider=0, accumulate="head", label_weight=0.3),
         replace(_JSD, divergence="skew_reverse_kl", dtype="float16", temperature=2.5, label_weight=1.0, frozen="student"),
         replace(_JSD, rows=300, width=320, vocab=1100, chunk_rows=128, layout="sliced", frozen="head"),  # more tiles than blocks
+        replace(_JSD, rows=400, width=72, vocab=530, chunk_rows=300, divergence="forward_kl"),  # half a cluster's rows
         replace(_JSD, rows=1, vocab=1, width=8, wider=0, ignored=0.0),
         replace(_JSD, rows=0),
         replace(_JSD, dtype="float32"),  # by the library
@@ -70,22 +72,26 @@ OP = replace(
         replace(_JSD, width=320, chunk_rows=3, ignored=0.0),  # more stages than the ring has, more chunks than one
         replace(_JSD, temperature=2.5, label_weight=0.3, ignored=0.0, vocab=530),
         replace(_JSD, divergence="forward_kl", label_weight=1.0, ignored=0.0, vocab=5),
-        replace(_JSD, rows=70, vocab=20, ignored=0.0),  # two stages of rows
+        replace(_JSD, rows=260, width=72, vocab=200, ignored=0.0),  # two blocks a cluster, one of them without rows
     ),
     bugs=(
-        _bug(_RING, "barrier_wait(&ring.empty[turn.stage], turn.parity ^ 1);", ""),
-        _bug(_RING, "    barrier_wait(&ring.full[turn.stage], turn.parity);\n        group", "    group"),
-        _bug(_RING, "group_wait<1>();", "group_wait<2>();"),
-        _bug(_RING, "step + slice > 0);\n            else", "slice > 0);\n            else"),
+        _bug(_RING, "step + slice > 0", "slice > 0"),
+        _bug(_RING, "own_rank() * (COLUMNS / PAIR)", "0"),
+        _bug(_RING, "term, column + part", "term, column"),
         _bug(_LOGITS, ">= p.vocab) z[i] = LOWEST;", "> p.vocab) z[i] = LOWEST;"),
         _bug(_LOGITS, "if (own == 8 * i + j) cold = 0.0f;", ""),
         _bug(_LOGITS, "COLD ? exp2_fast((pair[j] - top) * LOG2_E) : e", "e"),
         _bug(_LOGITS, "(pair[j] - top) * p.unit", "(pair[j] - top) * LOG2_E"),
         _bug(_LOGITS, "    x += shuffle_xor(x, 1);\n", ""),
         _bug(_LOGITS, "z[4 * i + 2 * HALF], z", "z[4 * i], z"),
-        _bug(_HEAD, "if (p.adds) {", "if (p.adds && false) {"),
-        _bug(_HEAD, "static_cast<int64_t>(id + 8 * half)", "static_cast<int64_t>(id)"),
-        _bug(_HEAD, "id + 8 * half < p.vocab", "id + 8 * half <= p.vocab"),
+        _bug(_LOGITS, "* PAIR + own_rank()) * ROWS", "* PAIR) * ROWS"),
+    ),
+    cpu_bugs=(
+        _bug(_RING, "barrier_wait(&ring.empty[turn.stage], turn.parity ^ 1);", ""),
+        _bug(_RING, "    barrier_wait(&ring.full[turn.stage], turn.parity);\n        group", "    group"),
+        _bug(_RING, "group_wait<1>();", "group_wait<2>();"),
+        _bug(_RING, "if (lane < PAIR)", "if (lane < 1)"),
+        _bug(_RING, "4 * CONSUMERS * PAIR", "4 * CONSUMERS"),
     ),
 )  # fmt: skip
 """The loss's cases in CUDA C++."""

@@ -47,13 +47,15 @@ OP = replace(
     bugs=(
         _bug("row_sum(squares, sums, round++) * share", "row_sum(squares, sums, round++) / (width + 1)"),
         _bug(" - number * pull;", ";"),
-        _bug("    sync_some(1 + threadIdx.y, threads);\n", ""),
-        _bug("copy_wait<STAGES - 1>();", "copy_wait<STAGES>();"),
         _bug("= row < num_rows ? width : 0;\n        const float", "= row <= num_rows ? width : 0;\n        const float"),
         _bug("group < groups; ++group", "group < 1; ++group"),
-        _bug("(round > 0 ? own[own_column] : 0.0f) + flow", "flow"),
         _bug("row < num_partials && column", "row < num_partials - 1 && column"),
-        _bug("    sync_row();  // what the passage held has been read\n", ""),
         _bug("if (ADD) change[j] = lifted(change[j]) +", "if (ADD) change[j] = change[j] + 0.0f *"),
+    ),
+    cpu_bugs=(
+        _bug("    sync_some(1 + threadIdx.y, threads);\n", ""),
+        _bug("copy_wait<STAGES - 1>();", "copy_wait<STAGES>();"),
+        _bug("(round > 0 ? own[own_column] : 0.0f) + flow", "flow"),
+        _bug("    sync_row();  // what the passage held has been read\n", ""),
     ),
 )  # fmt: skip

@@ -74,9 +74,9 @@ def tensors(case: FastCase) -> Tensors:
 def kernel(case: FastCase, given: Tensors) -> Tensors:
     """Return what the fast path answers, through the case's kernels."""
     spec, batch, numerics = spec_of(case), batch_of(case), numerics_for(case.dtype)
-    ops = cuda_ops() if case.kernels == "cuda" else triton_ops()
     params, optimizer, teacher = _parts(case, given, numerics)
     device = next(iter(params.values())).device
+    ops = cuda_ops(str(device)) if case.kernels == "cuda" else triton_ops()
     logits_BTV = fast_forward(
         params, torch.as_tensor(batch.token_ids_BT, device=device), spec=spec, numerics=numerics, ops=ops,
         positions_BT=torch.as_tensor(batch.positions_BT), segments_BT=torch.as_tensor(batch.segments_BT),

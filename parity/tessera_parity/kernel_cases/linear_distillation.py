@@ -13,6 +13,7 @@ from tessera_kernels.reference import linear_distillation as plain
 from tessera_kernels.triton import linear_distillation as fused
 from tessera_kernels.triton._divergence_series import DIVERGENCES
 from tessera_kernels.triton._linear_loss import COLUMN_MULTIPLE, MODES, LossConfig, padded_columns
+from tessera_parity.kernel_budget import roundoff
 from tessera_parity.kernel_cases.case import (
     KernelOp,
     Tensors,
@@ -155,7 +156,8 @@ def run(op: Callable[..., tuple[Tensor, Tensor]], case: Case, given: Tensors) ->
 def _magnitudes(case: Case, given: Tensors) -> dict[str, float]:
     """Return the sizes of the terms behind loss and gradients: logits, and slopes, which add up to nothing over a row.
 
-    In float32 a slope also has the error of its logits, times its probability.
+    A slope also has the error of its logits, which are kept in float32, times its probability: in a half dtype as much
+    less than its own rounding as float32 is finer.
     """
     student, head = given["student"].double(), given["head"][: case.vocab].double()
     teacher, teacher_head = given["teacher"].double(), given["teacher head"].double()
@@ -174,9 +176,10 @@ def _magnitudes(case: Case, given: Tensors) -> dict[str, float]:
     )
     scale = max(1.0, case.temperature, 1.0 / case.temperature)
     found = {}
+    finer = roundoff(torch.float32) / roundoff(getattr(torch, case.dtype))
+    q = torch.softmax(logits / case.temperature, -1) + torch.softmax(theirs / case.temperature, -1)
+    slopes = slopes + finer * scale * size_X1 * (q + torch.softmax(logits, -1))
     if case.dtype == "float32":
-        q = torch.softmax(logits / case.temperature, -1) + torch.softmax(theirs / case.temperature, -1)
-        slopes = slopes + scale * size_X1 * (q + torch.softmax(logits, -1))
         found["loss"] = float(scale * size_X1.sum())
     factor = given["cotangent"].double().abs()
     found["grad student"] = float((factor * slopes @ head.abs()).max())
@@ -203,6 +206,7 @@ OP = KernelOp(
     examples=(
         Case(),
         Case(divergence="generalized_jsd", dtype="bfloat16", rows=9, chunk_rows=3, config=SMALL_BLOCKS),
+        Case(divergence="skew_reverse_kl", dtype="bfloat16", rows=2, width=1, wider=0, vocab=2, squared=False, weight=1.0),  # 0
         Case(divergence="reverse_kl", mode="no_logits", chunk_rows=1, vocab=199, temperature=2.5, config=SMALL_BLOCKS),
         Case(divergence="skew_kl", near=True, dtype="bfloat16", label_weight=0.3, z_loss=1e-2, padding=7),
         Case(divergence="skew_reverse_kl", dtype="float16", layout="transposed", temperature=0.7, squared=False),

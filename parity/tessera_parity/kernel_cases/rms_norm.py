@@ -133,6 +133,8 @@ OP = KernelOp(
             "inside = (rows < num_partials)[:, None]",
             "inside = (rows < num_partials - 1)[:, None]",
         ),
+    ),
+    cpu_bugs=(
         _bug(
             "        dgain += upstream * _rounded_unit(unit, dtype, GAIN_AFTER_CAST)\n        mean",
             "        dgain = upstream * _rounded_unit(unit, dtype, GAIN_AFTER_CAST)\n        mean",

@@ -127,6 +127,7 @@ OP = KernelOp(
         Case(rows=5, ffn=65, dtype="bfloat16", layout="sliced", config=SwigluConfig(64, 4)),
         Case(rows=2, ffn=130, dtype="float16", values="extreme", layout="offset1"),
         Case(rows=4, ffn=33, values="large", layout="transposed"),
+        Case(rows=1, ffn=1, width=8, values="large", seed=1),  # one number, far out: e^-40
         Case(rows=0, ffn=5),
         Case(rows=17, ffn=24, width=40, fused=True, dtype="bfloat16", config=SMALL_TILES),
         Case(rows=17, ffn=24, width=40, fused=True, dtype="bfloat16", one_buffer="gate", config=SMALL_PAIRS),

@@ -20,8 +20,8 @@ from tessera_parity.result import Check, MutantOutcome, Question, Verdict
 from tessera_parity.subjects.context import Context, Subject
 from tessera_shared.errors import MissingDependency
 
-SIDE_BY_SIDE = {"cpu": 2, "cuda": 4}
-"""Processes at once. Four share one GPU: most of a case's time is compilation, on the host."""
+SIDE_BY_SIDE = {"cpu": 2, "cuda": max(2, min(12, (os.cpu_count() or 2) - 4))}
+"""Processes at once. Many share one GPU: most of a case's time is compilation, on the host."""
 
 SLOW = (
     "cuda_flash_attention", "cuda_linear_distillation", "cuda_quant_matmul", "fast_path", "flash_attention", "linear_distillation",
