@@ -149,9 +149,9 @@ def test_each_broken_promise_is_seen(change: Callable[..., None], says: str, cas
         judge(op_of(wrong(change)), case, repeats=1, rows=3)
 
 
-def _held(ours: float, plain: float, truth: float) -> None:
+def _held(ours: float, plain: float, truth: float, dtype: torch.dtype = torch.float16) -> None:
     """Hold the second of two numbers against the rule."""
-    numbers = [torch.tensor([1.0, x], dtype=torch.float16) for x in (ours, plain)]
+    numbers = [torch.tensor([1.0, x], dtype=dtype) for x in (ours, plain)]
     exact = torch.tensor([1.0, truth], dtype=torch.float64)
     compare(op_of(clean), Softmax(), {}, *({"y": x} for x in (*numbers, exact)))
 
@@ -161,6 +161,11 @@ def _held(ours: float, plain: float, truth: float) -> None:
 def test_where_the_plain_one_breaks_down_anything_will_do(ours: float, truth: float) -> None:
     """It overflowed inside (inf - inf) where float64 has a number: what a sum ends in depends on its order."""
     _held(ours, torch.nan, truth)
+
+
+def test_bfloat16_has_no_such_excuse() -> None:
+    with pytest.raises(KernelFault, match=r"y\[1\] = inf"):
+        _held(torch.inf, torch.nan, 21855.0, torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,15 @@ void prepare(Fiber& fiber, int thread) {
     makecontext(&fiber.start, fiber_body, 0);
 }
 
+// The oldest groups up to all but `pending`, in order.
+template <class Group, class Finish> void retire(std::vector<Group>& groups, int pending, Finish finish) {
+    if (static_cast<int>(groups.size()) <= pending) return;
+    auto end = groups.end() - pending;
+    for (auto group = groups.begin(); group != end; ++group)
+        for (auto& one : *group) finish(one);
+    groups.erase(groups.begin(), end);
+}
+
 // ---- shared memory ----------------------------------------------------------------------------------------------
 
 // Where a 32-bit shared address points in this thread's block, after the checks that the hardware does not make.
