@@ -5,6 +5,7 @@ A few seconds an op of what the subject does in minutes; a kernel without cases 
 
 import importlib
 import os
+import re
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -64,6 +65,18 @@ def test_a_bug_planted_in_a_kernel_is_caught(name: str) -> None:
     assert op.bugs
     bugs = list(plant_bugs(op, device="cpu", seed=1, effort=EFFORT, most=1))  # the subject plants them all
     assert [bug.what for bug in bugs if not bug.caught] == []
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_no_bug_for_a_gpu_takes_a_wait_away(name: str) -> None:
+    """It would hang there, lose the device, or be right by its timing."""
+    op = load_op(name)
+    assert op.bugs_on("cuda") == op.bugs
+    assert op.bugs_on("cpu") == op.bugs + op.cpu_bugs
+    waits = re.compile(r"\b(barrier|group|copy|bulk)_wait\w*|\bsync_\w+|\bfence_\w+")
+    for bug in op.bugs:
+        if bug.file.endswith((".cu", ".cuh")):
+            assert waits.findall(bug.find) == waits.findall(bug.replace), bug.find
 
 
 def test_planting_leaves_the_clean_kernel_as_it_was() -> None:

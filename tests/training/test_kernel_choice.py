@@ -108,19 +108,21 @@ def test_cuda_takes_its_own_kernels_and_tritons_for_the_rest(monkeypatch) -> Non
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     choice = choose("cuda", device="cpu", numerics=BFLOAT16, spec=SPEC)
     assert choice.why == "kernels: cuda, as asked"
-    rooms = {
-        name: getattr(choice.ops, name).__module__.split(".")[1] for name in ("flash_attention", "rms_norm", "swiglu")
-    }
-    assert rooms == {"flash_attention": "cuda", "rms_norm": "cuda", "swiglu": "triton"}
+    names = ("flash_attention", "linear_distillation", "rms_norm", "swiglu")
+    rooms = [getattr(choice.ops, name).__module__.split(".")[1] for name in names]
+    assert rooms == ["cuda", "cuda", "cuda", "triton"]
     with pytest.raises(KernelError, match=r"dtype = float32 with kernels = 'cuda': expected bfloat16"):
         choose("cuda", device="cpu", numerics=FLOAT32, spec=SPEC)
+
+
+FASTER = "flash_attention, linear_distillation and quant_matmul"
 
 
 @pytest.mark.parametrize(
     ("capability", "numerics", "room", "says"),
     [
-        ((9, 0), BFLOAT16, "cuda", "; CUDA C++ for flash_attention, because that is faster on a Hopper GPU"),
-        ((9, 0), FLOAT32, "triton", "; without CUDA C++ for flash_attention, because dtype = float32"),
+        ((9, 0), BFLOAT16, "cuda", f"; CUDA C++ for {FASTER}, because that is faster on a Hopper GPU"),
+        ((9, 0), FLOAT32, "triton", f"; without CUDA C++ for {FASTER}, because dtype = float32"),
         ((8, 0), BFLOAT16, "triton", "because cuda and bfloat16 suit it"),
     ],
 )
@@ -133,8 +135,9 @@ def test_auto_takes_what_was_measured_to_be_faster_there(capability, numerics, r
     assert choice.why.startswith("kernels: auto took triton, because cuda and ")
     assert says in choice.why
     assert "\n" not in choice.why
-    found = {name: getattr(choice.ops, name).__module__.split(".")[1] for name in ("flash_attention", "swiglu")}
-    assert found == {"flash_attention": room, "swiglu": "triton"}
+    names = ("flash_attention", "linear_distillation", "rms_norm", "swiglu")
+    found = [getattr(choice.ops, name).__module__.split(".")[1] for name in names]
+    assert found == [room, room, "triton", "triton"]
 
 
 def test_an_unknown_choice_and_kernels_for_jax_are_refused() -> None:

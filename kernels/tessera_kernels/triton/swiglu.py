@@ -60,13 +60,14 @@ def choose_config(numel: int, itemsize: int) -> SwigluConfig:
 def _exp(x, WIDE: tl.constexpr):
     """e^x; WIDE: to a few units of 6e-8 of itself however far x is from 0, where tl.exp loses |x| of them.
 
-    2^n e^(x - n ln 2) with ln 2 in two parts, n times the first of which is exact (Cody and Waite 1980).
+    2^n e^(x - n ln 2) with ln 2 in two parts, n times the first of which is exact (Cody and Waite 1980). 88.7228 is the last x
+    whose power float32 holds.
     """
     if WIDE:
-        x = tl.where(x > 150.0, 150.0, tl.where(x < -150.0, -150.0, x))
-        n = tl.floor(x * LOG2_E)
-        rest = (x - n * 0.693359375) + n * 2.1219444005469058e-4
-        power = tl.exp2(rest * LOG2_E) * tl.exp2(n)
+        inside = tl.where(x > 88.7228, 88.7228, tl.where(x < -104.0, -104.0, x))
+        n = tl.floor(inside * LOG2_E)
+        rest = (inside - n * 0.693359375) + n * 2.1219444005469058e-4
+        power = tl.where(x > 88.7228, float("inf"), tl.exp2(rest * LOG2_E) * tl.exp2(n))
     else:
         power = tl.exp(x)
     return power
