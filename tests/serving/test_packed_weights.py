@@ -33,6 +33,7 @@ from tessera_shared.weight_choice import WEIGHT_FORMATS, check_weights
 from tessera_shared.weights import LoadedModel, load_model, save_model
 from tessera_torch import kernels
 from tessera_torch.fast import packed_weights
+from tessera_torch.fast import projections as fast_projections
 from tessera_torch.fast.packed_weights import Fp8Weight, PackedWeight, pack_model
 from tessera_torch.fast.projections import packed_projections, projections
 from tessera_torch.kernels import choose, cuda_ops, fastest_ops, reference_ops
@@ -205,7 +206,7 @@ def test_a_projection_is_the_product_with_the_weight_written_out_and_then_the_bi
     ).view(3, 1, 1)
     x_BTD = x_BTD.to(dtype)
     project = packed_projections(held.params, held.packed, reference_ops().packed())
-    found = project(name, x_BTD)
+    (found,) = project(x_BTD, name)
     seen = x_BTD  # by the product
     if weights == "fp8":
         codes_XD, scales_X = quantize_fp8(x_BTD.flatten(0, 1), scaling="row")
@@ -215,7 +216,7 @@ def test_a_projection_is_the_product_with_the_weight_written_out_and_then_the_bi
         f"{name}.bias": held.params[f"{name}.bias"],
     }
     truth, plain = (
-        projections({key: value.to(to) for key, value in params.items()})(name, seen.to(to)).double()
+        projections({key: value.to(to) for key, value in params.items()})(seen.to(to), name)[0].double()
         for to in (torch.float64, dtype)
     )
     assert found.dtype == dtype
@@ -229,6 +230,19 @@ def test_a_projection_is_the_product_with_the_weight_written_out_and_then_the_bi
         assert errors[0] <= limit
 
 
+def test_projections_of_one_input_quantize_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = pack_model(drawn_arrays(), weights="fp8", spec=SPEC, numerics=FLOAT32, device="cpu")
+    project = packed_projections(held.params, held.packed, reference_ops().packed())
+    names, x_BTD = [f"model.layers.0.self_attn.{one}_proj" for one in "qkv"], torch.randn((2, 3, SPEC.width))
+    apart = [project(x_BTD, name)[0] for name in names]
+    seen: list[torch.Tensor] = []
+    quantize = partial(quantize_fp8, scaling="row")
+    monkeypatch.setattr(fast_projections, "quantize_fp8", lambda x, scaling: (seen.append(x), quantize(x))[1])
+    together = project(x_BTD, *names)
+    assert len(seen) == 1
+    assert all(torch.equal(one, other) for one, other in zip(apart, together, strict=True))
+
+
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
 def test_a_token_alone_is_the_token_in_its_batch(weights: str) -> None:
     """Dynamic scales are each token's own: what the neighbors hold changes nothing."""
@@ -238,7 +252,7 @@ def test_a_token_alone_is_the_token_in_its_batch(weights: str) -> None:
     loud_BTD = x_BTD.clone()
     loud_BTD[0, 1] *= 1e4
     for name in projection_names(SPEC)[:2]:
-        quiet, loud = (project(name.removesuffix(".weight"), x) for x in (x_BTD, loud_BTD))
+        quiet, loud = (project(x, name.removesuffix(".weight"))[0] for x in (x_BTD, loud_BTD))
         assert torch.equal(quiet[1], loud[1])
         assert torch.equal(quiet[0, [0, 2]], loud[0, [0, 2]])
 

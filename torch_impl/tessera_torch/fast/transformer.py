@@ -102,7 +102,7 @@ def qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values `[B, T, N|K, H]` before the rotation."""
     prefix = layer_prefix(layer) + "self_attn."
-    q, k, v = (_heads(project(f"{prefix}{which}_proj", x_BTD), spec.head_width) for which in "qkv")
+    q, k, v = (_heads(y, spec.head_width) for y in project(x_BTD, *(f"{prefix}{which}_proj" for which in "qkv")))
     if spec.qk_norm:
         q, _ = normed(None, q, params[prefix + "q_norm.weight"])
         k, _ = normed(None, k, params[prefix + "k_norm.weight"])
@@ -111,14 +111,14 @@ def qkv(
 
 def attention_out(mix_BTNH: Tensor, *, layer: int, project: Project) -> Tensor:
     """Return the output projection of the heads' mixes."""
-    return project(layer_prefix(layer) + "self_attn.o_proj", mix_BTNH.flatten(-2))
+    return project(mix_BTNH.flatten(-2), layer_prefix(layer) + "self_attn.o_proj")[0]
 
 
 def mlp(x_BTD: Tensor, *, layer: int, ops: Ops, project: Project) -> Tensor:
     """Gate and up projections, SwiGLU and down projection of one layer, the norm before them left out."""
     prefix = layer_prefix(layer) + "mlp."
-    gate_BTF, up_BTF = project(prefix + "gate_proj", x_BTD), project(prefix + "up_proj", x_BTD)
-    return project(prefix + "down_proj", ops.swiglu(gate_BTF, up_BTF))
+    gate_BTF, up_BTF = project(x_BTD, prefix + "gate_proj", prefix + "up_proj")
+    return project(ops.swiglu(gate_BTF, up_BTF), prefix + "down_proj")[0]
 
 
 def norm_of(spec: ModelSpec, numerics: Numerics, ops: Ops) -> Norm:
