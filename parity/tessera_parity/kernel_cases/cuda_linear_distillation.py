@@ -62,8 +62,8 @@ OP = replace(
         replace(_JSD, divergence="skew_kl", label_weight=0.3, z_loss=1e-2, temperature=0.7, padding=7, wider=200),
         replace(_JSD, divergence="reverse_kl", near=True, wider=0, accumulate="head", label_weight=0.3),
         replace(_JSD, divergence="skew_reverse_kl", dtype="float16", temperature=2.5, label_weight=1.0, frozen="student"),
-        replace(_JSD, rows=300, width=320, vocab=1100, chunk_rows=128, layout="sliced", frozen="head"),  # more tiles than blocks
-        replace(_JSD, rows=400, width=72, vocab=530, chunk_rows=300, divergence="forward_kl"),  # half a cluster's rows
+        replace(_JSD, rows=140, width=320, vocab=1100, chunk_rows=1000, layout="sliced", frozen="head"),  # more tiles than blocks
+        replace(_JSD, rows=270, width=72, vocab=530, chunk_rows=260, divergence="forward_kl"),  # half a cluster's rows
         replace(_JSD, rows=1, vocab=1, width=8, wider=0, ignored=0.0),
         replace(_JSD, rows=0),
         replace(_JSD, dtype="float32"),  # by the library
@@ -72,7 +72,7 @@ OP = replace(
         replace(_JSD, width=320, chunk_rows=3, ignored=0.0),  # more stages than the ring has, more chunks than one
         replace(_JSD, temperature=2.5, label_weight=0.3, ignored=0.0, vocab=530),
         replace(_JSD, divergence="forward_kl", label_weight=1.0, ignored=0.0, vocab=5),
-        replace(_JSD, rows=260, width=72, vocab=200, ignored=0.0),  # two blocks a cluster, one of them without rows
+        replace(_JSD, rows=131, width=320, vocab=200, ignored=0.0),  # two blocks a cluster
     ),
     bugs=(
         _bug(_RING, "step + slice > 0", "slice > 0"),
