@@ -305,3 +305,15 @@ def test_bad_input_is_refused_in_one_line(change: dict, words: str) -> None:
     with pytest.raises(KernelError, match=words) as caught:
         fused.linear_distillation(**given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("divergence", ["skew_kl", "skew_reverse_kl"])
+def test_a_mixture_that_is_one_of_the_models_loses_nothing(divergence: str) -> None:
+    """alpha = 1: both sides of the divergence are the same model, and log(e^-r) would be -r but for its rounding."""
+    student, teacher = (3.0 * torch.randn((9, 16), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    head = torch.randn((40, 16), generator=torch.Generator().manual_seed(2))
+    loss, _ = fused.linear_distillation(
+        student.requires_grad_(), head, teacher, head, torch.arange(9), divergence=divergence, alpha=1.0
+    )
+    assert float(loss.detach()) == 0.0
+    assert not torch.autograd.grad(loss, student)[0].any()

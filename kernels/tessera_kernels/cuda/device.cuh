@@ -145,6 +145,7 @@ TESSERA_DEVICE void store_8(bool there, float* to, float first, float second) {
     asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.b32 there, %3, 0;\n\t@there st.global.v2.f32 [%0], {%1, %2};\n\t}"
                  ::"l"(to), "f"(first), "f"(second), "r"(static_cast<int>(there)) : "memory");
 }
+
 // Bits that the compiler must take as new: it keeps nothing that it unpacked from them before, and reads nothing of what
 // follows before this.
 TESSERA_DEVICE void keep_packed(Words& x) {
@@ -239,6 +240,10 @@ TESSERA_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" :
 template <int pending> TESSERA_DEVICE void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
+TESSERA_DEVICE void prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // ---- blocks of a cluster, sm_90 -----------------------------------------------------------------------------------
 
 TESSERA_DEVICE int rank_in_cluster() {
@@ -272,10 +277,6 @@ TESSERA_DEVICE void load_box_for(int blocks, void* to, const TensorMap* map, uin
         ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
           "h"(static_cast<uint16_t>(blocks))
         : "memory");
-}
-
-TESSERA_DEVICE void prefetch_map(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // ---- products of a warpgroup, sm_90a ------------------------------------------------------------------------------

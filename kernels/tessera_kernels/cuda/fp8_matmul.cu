@@ -10,7 +10,7 @@
 // A group of row blocks shares b's tiles in L2 before the next outputs come.
 // Reference: tessera_kernels.reference.fp8_matmul with accumulation="fast".
 //
-// Defined by the host: TYPE (bf16, f16: of c), BY_ROW (0: one scale for each matrix), STAGES.
+// Defined by the host: TYPE (bf16, f16: of c), BY_ROW (0: one scale for each matrix), STAGES and PAIR (`product_ring.cuh`).
 #include "product_ring.cuh"
 #include "store_rows.cuh"
 

@@ -13,7 +13,7 @@
 // The model of more terms comes first, so that the short tiles of the other fill the end.
 // Reference: tessera_kernels.reference.linear_distillation; the same numbers in Triton: `_logit_tiles.summed_logit_tiles`.
 //
-// Defined by the host: TYPE (bf16, f16), LABEL (int, int64_t), STAGES.
+// Defined by the host: TYPE (bf16, f16), LABEL (int, int64_t), STAGES and PAIR (`product_ring.cuh`).
 #include "product_ring.cuh"
 
 constexpr float LOWEST = -1e30f;  // of ids behind the vocabulary; finite, as differences of two must be numbers
