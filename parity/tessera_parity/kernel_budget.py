@@ -31,6 +31,11 @@ def roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2.0
 
 
+def finer(dtype: torch.dtype) -> float:
+    """Return how much finer float32 rounds than `dtype`: terms that a float32 sum loses by count for so much in `dtype`."""
+    return roundoff(torch.float32) / roundoff(dtype)
+
+
 def tiny(dtype: torch.dtype) -> float:
     """Return what may be lost to underflow: float16 keeps its subnormals everywhere, float32 and bfloat16 may not."""
     facts = torch.finfo(dtype)

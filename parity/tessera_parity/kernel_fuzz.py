@@ -198,11 +198,12 @@ def plant_bugs(
     seed: int,
     effort: Effort,
     say: Callable[[str], None] = lambda line: None,
+    after: int = 0,
     most: int | None = None,
 ) -> Iterator[Bug]:
-    """Plant each bug (or the first `most`) of a clean op and say whether a case noticed. Raises `ParityError` for one
-    that does not apply."""
-    for number, patch in enumerate(op.bugs_on(device)[:most], 1):
+    """Plant each bug (or those from number `after` + 1 to `most`) of a clean op and say whether a case noticed. Raises
+    `ParityError` for one that does not apply."""
+    for number, patch in list(enumerate(op.bugs_on(device), 1))[after:most]:
         clock = time.perf_counter()
         say(f"bug {number}: {patch.replace.strip()[:60]}")
         by = _noticed(op.name, patch, device=device, seed=seed + number, seconds=effort.bug_seconds)

@@ -41,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lane", default="default", choices=("quick", "default", "full"))
     parser.add_argument("--cases", type=int, help="generated cases at most")
     parser.add_argument("--no-bugs", action="store_true", help="plant nothing")
+    parser.add_argument(
+        "--bugs-after", type=int, default=0, metavar="N", help="plant bugs N + 1 and on; with N > 0 nothing else"
+    )
     options = parser.parse_args(arguments)
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -69,11 +72,15 @@ def _work(options: argparse.Namespace, say: Callable[[str, Any], None]) -> int:
         say("at", line)
 
     try:
-        fuzzed = fuzz(op, device=options.device, seed=options.seed, effort=effort, say=at)
-        say("fuzzed", asdict(fuzzed))
-        if not fuzzed.failure and not options.no_bugs:
-            for bug in plant_bugs(op, device=options.device, seed=options.seed, effort=effort, say=at):
-                say("bug", asdict(bug))
+        if options.bugs_after == 0:
+            fuzzed = fuzz(op, device=options.device, seed=options.seed, effort=effort, say=at)
+            say("fuzzed", asdict(fuzzed))
+            if fuzzed.failure or options.no_bugs:
+                return 0
+        for bug in plant_bugs(
+            op, device=options.device, seed=options.seed, effort=effort, say=at, after=options.bugs_after
+        ):
+            say("bug", asdict(bug))
     except DeviceLost as error:
         say("lost", str(error))
         return 3

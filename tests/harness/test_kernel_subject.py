@@ -10,11 +10,12 @@ from rich.console import Console
 pytest.importorskip("torch")
 
 from tessera_parity.kernel_fuzz import Bug, Fuzzed, names_of
+from tessera_parity.kernel_watch import Report
 from tessera_parity.report import write_reports
 from tessera_parity.result import EXIT_CODES, Check, Run, Verdict
 from tessera_parity.runner import chosen_subjects
 from tessera_parity.subjects.context import DEFAULT, FULL, QUICK
-from tessera_parity.subjects.kernels import Report, _read, checks_of, outcomes
+from tessera_parity.subjects.kernels import checks_of, outcomes
 from tessera_parity.terminal import print_run
 
 
@@ -86,17 +87,6 @@ def test_planted_bugs_enter_the_kill_rate_and_every_report(tmp_path: Path) -> No
     shown = io.StringIO()
     print_run(run, tmp_path, Console(file=shown, width=160))
     assert "rope" in shown.getvalue()
-
-
-def test_a_worker_is_read_up_to_the_last_whole_line() -> None:
-    report = Report(op="rope")
-    _read(
-        report,
-        '{"kind": "at", "what": "Case(1)"}\nprinted by a kernel\n{"kind": "lost", "what": "illegal"}\n{"kind": "at", "wh',
-    )
-    assert report.last == "Case(1)"
-    assert report.ended == "the device was lost (illegal)"
-    assert report.fuzzed is None
 
 
 @pytest.mark.parametrize("lane", [QUICK, DEFAULT, FULL])

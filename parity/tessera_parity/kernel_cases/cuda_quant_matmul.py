@@ -55,7 +55,6 @@ OP = replace(
     cases=cases,
     kernel=_run,
     configs=lambda: CONFIGS,
-    magnitudes=None,
     row_independent=("y",),
     row_inputs=("x",),
     examples=(

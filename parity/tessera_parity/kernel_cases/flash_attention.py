@@ -18,7 +18,7 @@ from tessera_kernels.reference import flash_attention as plain
 from tessera_kernels.triton import flash_attention as fused
 from tessera_kernels.triton.flash_attention import CONFIGS, AttentionConfig, choose_config
 from tessera_kernels.triton.flash_attention_configs import ForwardConfig, KeyConfig, QueryConfig
-from tessera_parity.kernel_budget import roundoff
+from tessera_parity.kernel_budget import finer
 from tessera_parity.kernel_cases.case import (
     KernelOp,
     Tensors,
@@ -187,7 +187,7 @@ def _magnitudes(case: Case, tensors: Tensors) -> Mapping[str, float]:
     k, v = k.repeat_interleave(case.group, 2), v.repeat_interleave(case.group, 2)
     terms = scale * float(torch.einsum("btnh,bsnh->bnts", q.abs(), k.abs()).max())
     dprobs = float(torch.einsum("btnh,bsnh->bnts", dout.abs(), v.abs()).max()) + float(tensors["dlse"].abs().max())
-    felt = 1.0 + terms * roundoff(torch.float32) / roundoff(tensors["q"].dtype)
+    felt = 1.0 + terms * finer(tensors["q"].dtype)
     sizes_of = {
         "lse": terms,
         "grad q": felt * scale * dprobs * float(k.abs().max()),

@@ -13,7 +13,7 @@ from tessera_kernels.reference import linear_distillation as plain
 from tessera_kernels.triton import linear_distillation as fused
 from tessera_kernels.triton._divergence_series import DIVERGENCES
 from tessera_kernels.triton._linear_loss import COLUMN_MULTIPLE, MODES, LossConfig, padded_columns
-from tessera_parity.kernel_budget import roundoff
+from tessera_parity.kernel_budget import finer
 from tessera_parity.kernel_cases.case import (
     KernelOp,
     Tensors,
@@ -176,9 +176,8 @@ def _magnitudes(case: Case, given: Tensors) -> dict[str, float]:
     )
     scale = max(1.0, case.temperature, 1.0 / case.temperature)
     found = {}
-    finer = roundoff(torch.float32) / roundoff(getattr(torch, case.dtype))
     q = torch.softmax(logits / case.temperature, -1) + torch.softmax(theirs / case.temperature, -1)
-    slopes = slopes + finer * scale * size_X1 * (q + torch.softmax(logits, -1))
+    slopes = slopes + finer(getattr(torch, case.dtype)) * scale * size_X1 * (q + torch.softmax(logits, -1))
     if case.dtype == "float32":
         found["loss"] = float(scale * size_X1.sum())
     factor = given["cotangent"].double().abs()

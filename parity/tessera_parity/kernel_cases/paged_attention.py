@@ -19,7 +19,7 @@ from torch import Tensor
 from tessera_kernels.reference import paged_attention as plain
 from tessera_kernels.triton import paged_attention as paged
 from tessera_kernels.triton.paged_attention import CONFIGS, PagedConfig
-from tessera_parity.kernel_budget import roundoff
+from tessera_parity.kernel_budget import finer
 from tessera_parity.kernel_cases.case import (
     KernelOp,
     Tensors,
@@ -216,7 +216,7 @@ def _magnitudes(case: Case, tensors: Tensors) -> Mapping[str, float]:
     scale = case.width**-0.5 if case.scale is None else case.scale
     grouped = q.abs().reshape(*q.shape[:2], case.kv_heads, case.group, q.shape[3])
     terms = scale * float(torch.einsum("btkgh,pzkh->kgbtpz", grouped, keys.abs()).max())
-    felt = 1.0 + terms * roundoff(torch.float32) / roundoff(tensors["q"].dtype)
+    felt = 1.0 + terms * finer(tensors["q"].dtype)
     return {"out": felt * float(values.abs().max())} if felt > 2.0 else {}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tessera_kernels.quant_weight import QuantWeight, quantize_w4, quantize_w8
 from tessera_kernels.reference import quant_matmul as reference
 from tessera_kernels.triton import quant_matmul as kernel
+from tessera_parity.kernel_budget import finer
 from tessera_parity.kernel_cases.case import (
     KernelOp,
     Tensors,
@@ -98,11 +99,11 @@ def run_reference(case: Case, given: Tensors) -> Tensors:
 
 
 def magnitudes(case: Case, given: Tensors) -> dict[str, float]:
-    """Sums of float32 products may cancel below what float32 resolves; half precision never notices."""
-    if case.dtype != "float32" or given["x"].numel() == 0:
+    """Sums may cancel below what float32 resolves of their terms; in half precision only large equal terms come to that."""
+    if given["x"].numel() == 0:
         return {}
     terms = given["x"].double().abs() @ reference.dequantize(weight_of(case, given), torch.float64).abs().t()
-    return {"y": float(terms.amax())}
+    return {"y": finer(given["x"].dtype) * float(terms.amax())}
 
 
 def configs() -> tuple[Any, ...]:
@@ -149,6 +150,7 @@ EXAMPLES = (
     Case(rows=7, outputs=37, width=257, format="w8g192", dtype="float16", layout="sliced", config=_WIDE),
     Case(rows=4, outputs=31, width=131, format="w4g128 symmetric", dtype="float32", values="ties"),
     Case(rows=3, outputs=31, width=131, format="w4g128", dtype="float16", values="extreme"),
+    Case(rows=31, outputs=1, width=101, format="w8", dtype="float16", values="extreme"),  # terms of 1e9 add up to 6e3
     Case(rows=3, outputs=31, width=131, format="w8g128", values="constant", config=kernel.Config("dequantize")),
 )
 

@@ -1,21 +1,16 @@
 """Kernels against their references: generated cases by the three-way rule, memory, repeats, rows alone, planted bugs.
 
-Each op is fuzzed by a process of its own (`kernel_worker`), so that a crash is one red line. On a CPU the kernels run in
+Each op is fuzzed by a process of its own (`kernel_watch`), so that a crash is one red line. On a CPU the kernels run in
 Triton's interpreter on small shapes; with `--device cuda` compiled, on large ones, in every configuration.
 """
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
+from tessera_parity.kernel_watch import Report, work
 from tessera_parity.result import Check, MutantOutcome, Question, Verdict
 from tessera_parity.subjects.context import Context, Subject
 from tessera_shared.errors import MissingDependency
@@ -29,22 +24,8 @@ SLOW = (
 )  # fmt: skip
 """Ops that take a minute and more on a CPU begin first, so that none is left running alone at the end."""
 
-WORKER_SECONDS = {"quick": 300.0, "default": 900.0, "full": 1800.0}
-"""After this a worker is stopped and its op is red: it hangs or compiles without end."""
-
 RULE = "share of 2x the plain implementation's error and the rounding floor"
 PLANTED = "planted bugs are caught"
-
-
-@dataclass(kw_only=True)
-class Report:
-    """What one worker said."""
-
-    op: str
-    fuzzed: dict[str, Any] | None = None
-    bugs: list[dict[str, Any]] = field(default_factory=list)
-    last: str = ""  # the case or bug that it was at
-    ended: str = ""  # why there is nothing more; empty = it finished
 
 
 def run(context: Context) -> Iterator[Check]:
@@ -64,7 +45,8 @@ def run(context: Context) -> Iterator[Check]:
     kind = context.device.partition(":")[0]
     names = names_of()
     with ThreadPoolExecutor(SIDE_BY_SIDE[kind]) as pool:
-        pending = {name: pool.submit(_worker, name, context) for name in sorted(names, key=_comes_late)}
+        one = partial(work, device=context.device, lane=context.lane, seed=context.seed, cases=context.cases)
+        pending = {name: pool.submit(one, name) for name in sorted(names, key=_comes_late)}
         for name in names:
             context.advance(f"kernels: {name}")
             yield from checks_of(pending[name].result(), context.device)
@@ -171,47 +153,6 @@ def _errors(errors: dict[str, list[float]]) -> str:
     return "largest error and the plain one's: " + ", ".join(
         f"{name} {own:.2g} ({plain:.2g})" for name, (own, plain) in list(errors.items())[:4]
     )
-
-
-def _worker(name: str, context: Context) -> Report:
-    """Run one op's worker to its end and read what it said."""
-    command = [sys.executable, "-m", "tessera_parity.kernel_worker", name, "--device", context.device]
-    command += ["--seed", str(context.seed), "--lane", context.lane]
-    command += ["--cases", str(context.cases)] if context.cases is not None else []
-    rooms = os.pathsep.join(entry for entry in sys.path if entry)
-    environment = os.environ | {"PYTHONPATH": rooms, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    report = Report(op=name)
-    with tempfile.TemporaryDirectory(prefix="tessera-kernels-") as folder:
-        said, wrong = Path(folder) / "said", Path(folder) / "wrong"
-        with said.open("w") as out, wrong.open("w") as err:
-            try:
-                code = subprocess.run(
-                    command, env=environment, stdout=out, stderr=err, timeout=WORKER_SECONDS[context.lane], check=False
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = None
-        _read(report, said.read_text(encoding="utf-8"))
-        if code is None:
-            report.ended = f"stopped after {WORKER_SECONDS[context.lane]:.0f} s"
-        elif code != 0 and not report.ended:
-            lines = wrong.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
-            report.ended = f"exit status {code}: {lines[-1][:300]}"
-    return report
-
-
-def _read(report: Report, text: str) -> None:
-    for line in text.rpartition("\n")[0].splitlines():  # the last line of a killed worker may be half a line
-        if not line.startswith("{"):
-            continue  # what an interpreted kernel printed
-        said = json.loads(line)
-        if said["kind"] == "at":
-            report.last = said["what"]
-        elif said["kind"] == "fuzzed":
-            report.fuzzed = said["what"]
-        elif said["kind"] == "bug":
-            report.bugs.append(said["what"])
-        elif said["kind"] == "lost":
-            report.ended = f"the device was lost ({said['what']})"
 
 
 SUBJECT = Subject(
