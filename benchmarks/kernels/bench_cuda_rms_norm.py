@@ -50,12 +50,12 @@ def _functions(
 ) -> tuple[Function, ...]:
     """Return forward, backward, and both after a residual add; in the configuration that the op chooses when it is None."""
     forward, backward = (list(part) for part in config or ((), ()))
-    rstd = ours._run_forward(x, None, gain, EPS, False, forward)[2]
+    rstd = ours.run_forward(x, None, gain, EPS, False, forward)[2]
     return (
-        partial(ours._run_forward, x, None, gain, EPS, False, forward),
-        partial(ours._run_backward, dy, x, gain, rstd, None, False, backward),
-        partial(ours._run_forward, x, residual, gain, EPS, False, forward),
-        partial(ours._run_backward, dy, x, gain, rstd, dtotal, False, backward),
+        partial(ours.run_forward, x, None, gain, EPS, False, forward),
+        partial(ours.run_backward, dy, x, gain, rstd, None, False, backward),
+        partial(ours.run_forward, x, residual, gain, EPS, False, forward),
+        partial(ours.run_backward, dy, x, gain, rstd, dtotal, False, backward),
     )
 
 

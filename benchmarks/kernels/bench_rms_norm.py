@@ -59,13 +59,13 @@ def _forward(x: Tensor, gain: Tensor) -> Part:
         "forward",
         4,
         {"liger": 0.98, "share": 0.93},
-        lambda: ours._run_forward(x, None, gain, EPS, False, []),
+        lambda: ours.run_forward(x, None, gain, EPS, False, []),
         makers,
     )
 
 
 def _backward(x: Tensor, gain: Tensor, dy: Tensor) -> Part:
-    rstd = ours._run_forward(x, None, gain, EPS, False, [])[2]
+    rstd = ours.run_forward(x, None, gain, EPS, False, [])[2]
 
     def liger(in_place: bool) -> Function:
         from liger_kernel.ops.rms_norm import rms_norm_backward, rms_norm_forward
@@ -79,7 +79,7 @@ def _backward(x: Tensor, gain: Tensor, dy: Tensor) -> Part:
         return lambda: torch.ops.aten._fused_rms_norm_backward(dy, x, [x.shape[-1]], scale, gain, [True, True])
 
     def function() -> object:
-        return ours._run_backward(dy, x, gain, rstd, None, False, [])
+        return ours.run_backward(dy, x, gain, rstd, None, False, [])
 
     makers = {"liger in place": lambda: liger(True), "liger apart": lambda: liger(False), "torch": plain}
     return "backward", 6, {"liger best": 1.8, "torch": 1.5, "share": 0.8}, function, makers
@@ -97,11 +97,11 @@ def _add_forward(x: Tensor, residual: Tensor, gain: Tensor) -> Part:
 
     makers = {"liger": liger, "compiled": lambda: torch.compile(plain)}
     must = {"liger": 0.98, "share": 0.93}
-    return "add forward", 8, must, lambda: ours._run_forward(x, residual, gain, EPS, False, []), makers
+    return "add forward", 8, must, lambda: ours.run_forward(x, residual, gain, EPS, False, []), makers
 
 
 def _add_backward(x: Tensor, gain: Tensor, dy: Tensor, dtotal: Tensor) -> Part:
-    rstd = ours._run_forward(x, None, gain, EPS, False, [])[2]
+    rstd = ours.run_forward(x, None, gain, EPS, False, [])[2]
 
     def liger() -> Function:
         from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_backward, fused_add_rms_norm_forward
@@ -114,6 +114,6 @@ def _add_backward(x: Tensor, gain: Tensor, dy: Tensor, dtotal: Tensor) -> Part:
         )
 
     def function() -> object:
-        return ours._run_backward(dy, x, gain, rstd, dtotal, False, [])
+        return ours.run_backward(dy, x, gain, rstd, dtotal, False, [])
 
     return "add backward", 8, {"share": 0.8}, function, {"liger": liger}

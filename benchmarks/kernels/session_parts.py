@@ -148,7 +148,7 @@ def _sanitize(op: str, setting: Setting, known: Record) -> Job:
 
     return Job(
         part="sanitize", name=op, command=command if setting.dry else [*tool, *command], environment=environment,
-        limit=150, least=5 if setting.dry else 45, read=read,
+        limit=600, least=5 if setting.dry else 45, read=read,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def _norm_sweeps() -> Iterator[Sweep]:
     shapes = ((16384, 4096), (4096, 16384), (32768, 2048), (16384, 8192), (65536, 1024), (262144, 128))
     for rows, width in choose(shapes, ((5, 64),)):
         x, dy, gain = _random(rows, width), _random(rows, width), _random(width)
-        rstd = rms_norm._run_forward(x, None, gain, 1e-6, False, [])[2]
+        rstd = rms_norm.run_forward(x, None, gain, 1e-6, False, [])[2]
         chosen = rms_norm.choose_config(width, 2)
         forwards, backwards = _norm_forwards(chosen.forward, width), _norm_backwards(chosen.backward, 2 * width)
         few = choose(len(backwards) + len(forwards), 2)
@@ -56,13 +56,13 @@ def _norm_backwards(chosen: rms_norm.BackwardConfig, row_bytes: int) -> list[rms
 
 
 def _norm_forward(x: torch.Tensor, gain: torch.Tensor, cut: rms_norm.ForwardConfig) -> Callable[[], object]:
-    return lambda: rms_norm._run_forward(x, None, gain, 1e-6, False, list(cut))
+    return lambda: rms_norm.run_forward(x, None, gain, 1e-6, False, list(cut))
 
 
 def _norm_backward(
     dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, rstd: torch.Tensor, cut: rms_norm.BackwardConfig
 ) -> Callable[[], object]:
-    return lambda: rms_norm._run_backward(dy, x, gain, rstd, None, False, list(cut))
+    return lambda: rms_norm.run_backward(dy, x, gain, rstd, None, False, list(cut))
 
 
 def _rope_sweeps() -> Iterator[Sweep]:
@@ -105,13 +105,13 @@ def _swiglu_sweeps() -> Iterator[Sweep]:
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor, cut: swiglu.SwigluConfig) -> Callable[[], object]:
-    return lambda: swiglu._run_forward(gate, up, list(cut))
+    return lambda: swiglu.run_forward(gate, up, list(cut))
 
 
 def _swiglu_backward(
     dact: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, cut: swiglu.SwigluConfig
 ) -> Callable[[], object]:
-    return lambda: swiglu._run_backward(dact, gate, up, list(cut))
+    return lambda: swiglu.run_backward(dact, gate, up, list(cut))
 
 
 def _gate_up_sweeps() -> Iterator[Sweep]:

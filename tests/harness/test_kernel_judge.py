@@ -182,6 +182,55 @@ def test_elsewhere_a_number_an_infinity_and_nan_are_what_they_should_be(
         _held(ours, plain, truth)
 
 
+EDGE = float(torch.finfo(torch.float16).max)
+ULP = 32.0
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_infinity_within_the_limit_of_the_largest_number_is_no_fault(sign: float) -> None:
+    """The limit there: one rounding of the result and one of an operand, 2^-11 of 65504 each."""
+    _held(sign * torch.inf, sign * EDGE, sign * (EDGE - ULP))
+    _held(sign * EDGE, sign * torch.inf, sign * (EDGE + ULP))
+    for ours, plain, truth in (
+        (torch.inf, EDGE - 4 * ULP, EDGE - 4 * ULP),
+        (EDGE - 4 * ULP, torch.inf, EDGE + ULP),
+        (-torch.inf, EDGE, EDGE - ULP),
+        (torch.nan, EDGE, EDGE - ULP),
+        (EDGE, torch.inf, torch.inf),
+    ):
+        with pytest.raises(KernelFault, match="infinite in one and not in the other"):
+            _held(sign * ours, sign * plain, sign * truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_float32_cannot_resolve_of_a_sum_s_terms_is_no_fault(dtype: torch.dtype) -> None:
+    """The largest and the mean error each: of all numbers, of their largest terms and of their mean ones."""
+    truth = torch.full((1000,), 100.0, dtype=torch.float64)
+    told = torch.full_like(truth, 1e6)
+    told[0] = 1e9
+    unit = noise_floor(dtype, magnitude=0.0, length=64, terms=1e6)
+
+    def held(ours: torch.Tensor, terms: torch.Tensor | None) -> None:
+        op = op_of(
+            clean, terms=None if terms is None else lambda case, tensors: {"y": terms}, lengths=lambda *_: {"y": 64}
+        )
+        answers = (ours.to(dtype), truth.to(dtype), truth)
+        compare(op, Softmax(), {}, *({"y": x} for x in answers))
+
+    one, all_of_them = truth.clone(), truth + 0.9 * unit
+    one[0] += 900.0 * unit  # within the largest terms
+    for ours in (one, all_of_them):
+        held(ours, told)
+        with pytest.raises(KernelFault, match="largest error"):
+            held(ours, None)
+    with pytest.raises(
+        KernelFault, match="mean error"
+    ):  # each within the largest terms, all together above the mean ones
+        held(truth + 100.0 * unit, told)
+    with pytest.raises(KernelFault, match="largest error"):
+        held(one + 200.0 * unit, told)
+
+
 def test_an_answer_that_changes_from_run_to_run_is_seen_unless_the_case_says_that_its_order_is_free() -> None:
     runs = iter(range(1000))
 
@@ -278,13 +327,17 @@ def test_fresh_memory_is_poison_between_fences() -> None:
     assert not bool(torch.empty(0).is_meta)
 
 
-@given(plain=st.floats(0.0, 1.0), magnitude=st.floats(0.0, 1e4), length=st.integers(0, 10**6))
-def test_the_limit_grows_with_the_plain_error_the_magnitude_and_the_length(
-    plain: float, magnitude: float, length: int
+@given(
+    plain=st.floats(0.0, 1.0), magnitude=st.floats(0.0, 1e4), length=st.integers(0, 10**6), terms=st.floats(0.0, 1e9)
+)
+def test_the_limit_grows_with_the_plain_error_the_magnitude_the_length_and_the_terms(
+    plain: float, magnitude: float, length: int, terms: float
 ) -> None:
     for name in DTYPES:
         dtype = getattr(torch, name)
         limit = kernel_limit(plain, dtype, magnitude=magnitude, length=length)
         assert limit >= 2.0 * plain
+        assert limit <= kernel_limit(plain, dtype, magnitude=magnitude, length=length, terms=terms)
+        assert limit == kernel_limit(plain, dtype, magnitude=magnitude, length=length, terms=magnitude)
         assert limit <= kernel_limit(plain, dtype, magnitude=2.0 * magnitude, length=length + 1)
         assert noise_floor(dtype, magnitude=magnitude, length=length) > 0.0

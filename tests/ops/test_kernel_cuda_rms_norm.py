@@ -35,7 +35,7 @@ def test_a_row_does_not_depend_on_where_it_lies(width: int) -> None:
 def test_more_rows_than_the_kernel_counts_are_refused() -> None:
     x = torch.ones(1, 1).expand(2**29 + 1, 1)
     with pytest.raises(KernelError, match=r"x_XD.shape = \[536870913, 1\]: expected at most 536870912 rows"):
-        fused._run_forward(x, None, torch.ones(1), 1e-6, False, [])
+        fused.run_forward(x, None, torch.ones(1), 1e-6, False, [])
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ IN_CUDA_ON_HOPPER = (*IN_CUDA, "linear_distillation", "quant_matmul")
 """The same on a Hopper GPU. Not `fp8_matmul`, which sums in one way that the torch half does not use."""
 
 FASTER_IN_CUDA = ("flash_attention", "linear_distillation", "quant_matmul")
-"""Operations whose CUDA C++ kernels an H200 ran faster than the Triton ones (docs/kernels.md, section 4): what `auto` takes."""
+"""Operations whose CUDA C++ kernels an H200 ran faster than the Triton ones (docs/kernels.md, section 4): what `auto` takes,
+and the backward alone of `rms_norm`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ def _fastest(device: str, numerics: Numerics) -> Choice:
     if not device.startswith("cuda") or torch.cuda.get_device_capability(device) != HOPPER:
         return Choice(ops=triton_ops(), why=f"kernels: auto took triton, {suits}")
     obstacle = next(_cuda_obstacles(device, numerics), None)
-    names = f"{', '.join(FASTER_IN_CUDA[:-1])} and {FASTER_IN_CUDA[-1]}"
+    names = f"{', '.join(FASTER_IN_CUDA)} and the backward of rms_norm"
     if obstacle is not None:
         without = f"without CUDA C++ for {names}, because {_reason(obstacle)}"
         return Choice(ops=triton_ops(), why=f"kernels: auto took triton, {suits}; {without}")
@@ -229,9 +230,11 @@ def cuda_ops(device: str = "cpu") -> Ops:
 
 
 def fastest_ops() -> Ops:
-    """Return the Triton kernels, but CUDA C++ for the operations of `FASTER_IN_CUDA`. Imports triton."""
+    """Return the Triton kernels, but CUDA C++ for `FASTER_IN_CUDA` and the backward of the norms. Imports triton."""
+    from tessera_kernels import fastest_rms_norm as norm
+
     ops = _ops("triton", "triton", in_cuda=FASTER_IN_CUDA)
-    return replace(ops, packed=_fastest_packed)
+    return replace(ops, rms_norm=norm.rms_norm, add_rms_norm=norm.add_rms_norm, packed=_fastest_packed)
 
 
 def _fastest_packed() -> PackedOps:

@@ -140,8 +140,8 @@ class _Norm(Norm):
     def forward(
         ctx: Any, x: Tensor, gain: Tensor, eps: float, after_cast: bool, forward: list[int], backward: list[int]
     ) -> Tensor:
-        y, _, rstd = _run_forward(x, None, gain, eps, after_cast, forward)
-        Norm.keep(ctx, x, gain, rstd, after_cast, backward, _run_backward)
+        y, _, rstd = run_forward(x, None, gain, eps, after_cast, forward)
+        Norm.keep(ctx, x, gain, rstd, after_cast, backward, run_backward)
         return y
 
 
@@ -153,13 +153,13 @@ class _AddNorm(AddNorm):
         ctx: Any, x: Tensor, residual: Tensor, gain: Tensor, eps: float, after_cast: bool,
         forward: list[int], backward: list[int],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        y, total, rstd = _run_forward(x, residual, gain, eps, after_cast, forward)
-        AddNorm.keep(ctx, total, gain, rstd, after_cast, backward, _run_backward)
+        y, total, rstd = run_forward(x, residual, gain, eps, after_cast, forward)
+        AddNorm.keep(ctx, total, gain, rstd, after_cast, backward, run_backward)
         return y, total
 
 
 @graph_op("rms_norm_forward", fake=fake_forward)
-def _run_forward(
+def run_forward(
     x: Tensor, residual: Tensor | None, gain: Tensor, eps: float, gain_after_cast: bool, config: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, x + residual (empty without one) and 1 / root of the mean square, for each row."""
@@ -185,7 +185,7 @@ def _run_forward(
 
 
 @graph_op("rms_norm_backward", fake=fake_backward)
-def _run_backward(
+def run_backward(
     dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, dtotal: Tensor | None, gain_after_cast: bool, config: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Return dx (with dtotal added, when there is one) and dgain."""

@@ -69,6 +69,8 @@ class KernelOp:
     configs: Callable[[], Sequence[Any]] = tuple  # every configuration that can be chosen; the GPU lane runs each
     magnitudes: Callable[[Any, Tensors], Mapping[str, float]] | None = None
     """Size of the terms that cancel in an output, where that is larger than the output (see `kernel_budget`)."""
+    terms: Callable[[Any, Tensors], Mapping[str, Tensor]] | None = None
+    """What float32 adds up for each number of an output, without the signs (float64, the output's shape)."""
     lengths: Callable[[Any, Tensors], Mapping[str, int]] | None = None
     """Terms of an output's longest sum; default: the largest dimension of any tensor of the case."""
     unordered: Callable[[Any], frozenset[str]] = lambda case: frozenset()

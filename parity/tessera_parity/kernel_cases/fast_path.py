@@ -26,7 +26,7 @@ from tessera_shared.spec import ARCHITECTURES, ModelSpec
 from tessera_torch.distil.teacher import Teacher
 from tessera_torch.fast import step as fast_step
 from tessera_torch.fast.transformer import forward as fast_forward
-from tessera_torch.kernels import cuda_ops, triton_ops
+from tessera_torch.kernels import Ops, cuda_ops, fastest_ops, triton_ops
 from tessera_torch.model.transformer import forward
 from tessera_torch.train.optim import AdamWState
 from tessera_torch.train.step import TrainState, loss_and_grads, train_step
@@ -44,7 +44,7 @@ class FastCase:
     layout: str = "contiguous"
     values: str = "normal"
     seed: int = 0
-    kernels: str = "triton"  # or "cuda"
+    kernels: str = "triton"  # or "cuda", or "fastest"
     config: None = None
 
 
@@ -71,12 +71,18 @@ def tensors(case: FastCase) -> Tensors:
     return {name: draws.lay_out(torch.tensor(value).float(), "contiguous") for name, value in drawn.items()}
 
 
+def _ops_of(kernels: str, device: str) -> Ops:
+    if kernels == "cuda":
+        return cuda_ops(device)
+    return fastest_ops() if kernels == "fastest" else triton_ops()
+
+
 def kernel(case: FastCase, given: Tensors) -> Tensors:
     """Return what the fast path answers, through the case's kernels."""
     spec, batch, numerics = spec_of(case), batch_of(case), numerics_for(case.dtype)
     params, optimizer, teacher = _parts(case, given, numerics)
     device = next(iter(params.values())).device
-    ops = cuda_ops(str(device)) if case.kernels == "cuda" else triton_ops()
+    ops = _ops_of(case.kernels, str(device))
     logits_BTV = fast_forward(
         params, torch.as_tensor(batch.token_ids_BT, device=device), spec=spec, numerics=numerics, ops=ops,
         positions_BT=torch.as_tensor(batch.positions_BT), segments_BT=torch.as_tensor(batch.segments_BT),
@@ -177,7 +183,7 @@ OP = KernelOp(
     examples=(
         FastCase(),
         FastCase(family="qwen3", objective=1, dtype="bfloat16", seed=4, kernels="cuda"),
-        FastCase(family="qwen3", objective=1, dtype="bfloat16", seed=1),
+        FastCase(family="qwen3", objective=1, dtype="bfloat16", seed=1, kernels="fastest"),
         FastCase(family="mistral", objective=2, seed=2),
         FastCase(family="qwen2", objective=3, dtype="bfloat16", seed=3),
     ),

@@ -11,7 +11,6 @@ from torch import Tensor
 from tessera_kernels.quant_weight import QuantWeight, quantize_w4, quantize_w8
 from tessera_kernels.reference import quant_matmul as reference
 from tessera_kernels.triton import quant_matmul as kernel
-from tessera_parity.kernel_budget import finer
 from tessera_parity.kernel_cases.case import (
     KernelOp,
     Tensors,
@@ -98,12 +97,9 @@ def run_reference(case: Case, given: Tensors) -> Tensors:
     return {"y": reference.quant_matmul(given["x"], weight_of(case, given))}
 
 
-def magnitudes(case: Case, given: Tensors) -> dict[str, float]:
-    """Sums may cancel below what float32 resolves of their terms; in half precision only large equal terms come to that."""
-    if given["x"].numel() == 0:
-        return {}
-    terms = given["x"].double().abs() @ reference.dequantize(weight_of(case, given), torch.float64).abs().t()
-    return {"y": finer(given["x"].dtype) * float(terms.amax())}
+def terms(case: Case, given: Tensors) -> dict[str, Tensor]:
+    """Sums may cancel below what float32 resolves of their products, in half precision among large equal ones."""
+    return {"y": given["x"].double().abs() @ reference.dequantize(weight_of(case, given), torch.float64).abs().t()}
 
 
 def configs() -> tuple[Any, ...]:
@@ -151,6 +147,9 @@ EXAMPLES = (
     Case(rows=4, outputs=31, width=131, format="w4g128 symmetric", dtype="float32", values="ties"),
     Case(rows=3, outputs=31, width=131, format="w4g128", dtype="float16", values="extreme"),
     Case(rows=31, outputs=1, width=101, format="w8", dtype="float16", values="extreme"),  # terms of 1e9 add up to 6e3
+    Case(
+        rows=127, outputs=1, width=911, format="w8", dtype="float16", values="extreme"
+    ),  # all the same, not one number alone
     Case(rows=3, outputs=31, width=131, format="w8g128", values="constant", config=kernel.Config("dequantize")),
 )
 
@@ -163,5 +162,5 @@ OP = KernelOp(
     bugs=BUGS,
     examples=EXAMPLES,
     configs=configs,
-    magnitudes=magnitudes,
+    terms=terms,
 )
