@@ -70,8 +70,10 @@ def gpu_names() -> str:
 
 
 def kernel_names(dialect: str) -> str:
-    """Return the operations that have a kernel in `dialect`, read from the names of its files."""
+    """Return the operations that have a kernel in `dialect`: the files that its folder and that of the references share."""
     room = find_spec("tessera_kernels")
-    places = [Path(place) / dialect for place in (room.submodule_search_locations or [])] if room is not None else []
-    names = {path.stem for place in places for path in place.glob("*") if path.suffix in (".py", ".cu")}
-    return ", ".join(sorted(name for name in names if not name.startswith("_"))) or "none"
+    places = [Path(place) for place in (room.submodule_search_locations or [])] if room is not None else []
+    names, plain = (
+        {path.stem for place in places for path in (place / folder).glob("*.py")} for folder in (dialect, "reference")
+    )
+    return ", ".join(sorted(name for name in names & plain if not name.startswith("_"))) or "none"
