@@ -128,6 +128,23 @@ def test_nothing_is_said_of_one_who_ends(tmp_path: Path) -> None:
         assert wait(process, said, until=time.monotonic() + 50, silence=50) == ""
 
 
+@pytest.mark.parametrize(
+    ("ends", "silence", "says", "caught"),
+    [
+        ("time.sleep(60)", 1.0, "silent for 1 s: it hangs", True),
+        ("time.sleep(60)", None, "stopped after", False),
+        ("sys.exit('no room')", 1.0, "exit status 1: no room", False),
+        ("os.kill(os.getpid(), 9)", 1.0, "exit status -9: no message", False),
+    ],
+)
+def test_a_process_that_ends_at_a_bug(ends: str, silence: float | None, says: str, caught: bool) -> None:
+    script = f"import os, sys, time; print({lines(('fuzzed', FUZZED), ('at', 'bug 1: b'))!r}, flush=True); {ends}"
+    report = Report(op="rope")
+    kernel_watch._run(report, [sys.executable, "-c", script], time.monotonic() + 3, silence)
+    assert report.ended.startswith(says)
+    assert report.caught_by_its_end() == caught
+
+
 def test_a_real_worker_goes_on_after_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     report = Report(op="rope", fuzzed=FUZZED, bugs=[bug(1)])
     command = [sys.executable, "-m", "tessera_parity.kernel_worker", "rope", "--lane", "quick", "--bugs-after", "1"]
