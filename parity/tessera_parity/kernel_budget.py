@@ -34,7 +34,7 @@ def roundoff(dtype: torch.dtype) -> float:
 
 
 def finer(dtype: torch.dtype) -> float:
-    """Return how much finer float32 rounds than `dtype`: terms that a float32 sum loses by count for so much in `dtype`."""
+    """Return float32's roundoff over that of `dtype`: what an error of float32 counts for beside one of `dtype`."""
     return roundoff(torch.float32) / roundoff(dtype)
 
 

@@ -160,14 +160,14 @@ class Sizes:
 
 
 def _compare_numbers(name: str, ours: Tensor, plain: Tensor, truth: Tensor, sizes: Sizes, judged: Judged) -> None:
+    if ours.numel() == 0:
+        return
     finite = torch.isfinite(ours) & torch.isfinite(plain) & torch.isfinite(truth)
     count, dtype = max(1, int(finite.sum())), ours.dtype
     own = torch.where(finite, ours.double() - truth, 0.0).abs()
     usual = torch.where(finite, plain.double() - truth, 0.0).abs()
     size = torch.where(finite, truth, 0.0).abs()
     terms = torch.zeros_like(size) if sizes.terms is None else sizes.terms
-    if own.numel() == 0:
-        return
     at_edge = sizes.largest(dtype, float(usual.max()), torch.finfo(dtype).max, float(terms.max()))
     _compare_kinds(name, ours, plain, truth, at_edge)
     terms = torch.where(finite, terms, 0.0)
