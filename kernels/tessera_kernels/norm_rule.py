@@ -1,27 +1,75 @@
 """What the RMSNorm kernels of every room share: which tensors fit, and autograd's view of the two functions.
 
-A room's own part is the launch of its forward and of its backward:
+A room's own part is the launch of its forward and of its backward (`Launches`):
 
     run_forward(x, residual or None, gain, eps, gain_after_cast, config) -> (y, x + residual or empty, rstd)
     run_backward(dy, x, gain, rstd, dtotal or None, gain_after_cast, config) -> (dx with dtotal added, dgain)
+
+with x, residual, dy and dtotal as [rows, width], a configuration's integers or an empty list, and rstd float32 [rows].
 """
 
 # ruff: noqa: ARG001 - a fake takes what its op takes
+# mypy: disable-error-code="no-untyped-call"
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tessera_kernels.checks import expect_dtype, expect_same_device, expect_same_dtype, expect_shape
-from tessera_kernels.launching import FLOATS
+from tessera_kernels.launching import FLOATS, as_rows
 
+RunForward = Callable[[Tensor, Tensor | None, Tensor, float, bool, list[int]], tuple[Tensor, Tensor, Tensor]]
 RunBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, bool, list[int]], tuple[Tensor, Tensor]]
 
 
-def check_norm(x_XD: Tensor, gain_D: Tensor, residual_XD: Tensor | None = None) -> None:
+class Launches(NamedTuple):
+    """How a room runs both directions."""
+
+    forward: RunForward
+    backward: RunBackward
+
+
+Cuts = tuple[Sequence[int], Sequence[int]]
+"""Configurations of both directions."""
+
+
+def norm(
+    launches: Launches, x_XD: Tensor, gain_D: Tensor, *, eps: float, gain_after_cast: bool, config: Cuts | None = None
+) -> Tensor:
+    """Return `rms_norm` of a room; `config` None = what it chooses itself."""
+    _check_norm(x_XD, gain_D)
+    if x_XD.numel() == 0:
+        return x_XD * gain_D
+    cuts = [list(part) for part in config or ((), ())]
+    y_XD = _Norm.apply(as_rows(x_XD), gain_D, float(eps), gain_after_cast, *cuts, *launches)
+    return y_XD.view(x_XD.shape)  # type: ignore[no-any-return]
+
+
+def add_norm(
+    launches: Launches,
+    x_XD: Tensor,
+    residual_XD: Tensor,
+    gain_D: Tensor,
+    *,
+    eps: float,
+    gain_after_cast: bool,
+    config: Cuts | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `add_rms_norm` of a room; `config` None = what it chooses itself."""
+    _check_norm(x_XD, gain_D, residual_XD)
+    if x_XD.numel() == 0:
+        total_XD = x_XD + residual_XD
+        return total_XD * gain_D, total_XD
+    cuts = [list(part) for part in config or ((), ())]
+    rows = (as_rows(x_XD), as_rows(residual_XD))
+    y_XD, total_XD = _AddNorm.apply(*rows, gain_D, float(eps), gain_after_cast, *cuts, *launches)
+    return y_XD.view(x_XD.shape), total_XD.view(x_XD.shape)
+
+
+def _check_norm(x_XD: Tensor, gain_D: Tensor, residual_XD: Tensor | None = None) -> None:
     """Raise `KernelError` unless the gain and, where there is one, the residual fit x."""
     expect_dtype("x_XD", x_XD, *FLOATS)
     for what, other in (("gain_D", gain_D), ("residual_XD", residual_XD)):
@@ -33,16 +81,19 @@ def check_norm(x_XD: Tensor, gain_D: Tensor, residual_XD: Tensor | None = None) 
         expect_shape("residual_XD", residual_XD, x_XD.shape, "it is added to x_XD")
 
 
-class Norm(torch.autograd.Function):
-    """The backward of `rms_norm`. A room's forward takes x [X, D] and the gain first, ends with `keep` and returns y."""
+class _Norm(torch.autograd.Function):
+    """Autograd's view of `norm`: x [X, D] and gain -> y."""
 
     @staticmethod
-    def keep(
-        ctx: Any, x: Tensor, gain: Tensor, rstd: Tensor, after_cast: bool, config: list[int], run: RunBackward
-    ) -> None:
-        """Save what `run` makes the gradients of; x is the sum where a residual was added."""
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, eps: float, after_cast: bool, forward: list[int], backward: list[int],
+        run_forward: RunForward, run_backward: RunBackward,
+    ) -> Tensor:  # fmt: skip
+        """Normalize; the backward takes 1 / root of the mean square from here."""
+        y, _, rstd = run_forward(x, None, gain, eps, after_cast, forward)
         ctx.save_for_backward(x, gain, rstd)
-        ctx.after_cast, ctx.config, ctx.run = after_cast, config, run
+        ctx.after_cast, ctx.config, ctx.run = after_cast, backward, run_backward
+        return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -53,17 +104,20 @@ class Norm(torch.autograd.Function):
         return dx, dgain, *(None,) * (len(ctx.needs_input_grad) - 2)
 
 
-class AddNorm(torch.autograd.Function):
-    """The backward of `add_rms_norm`. A room's forward takes x, residual [X, D] and the gain first, ends with `keep` and
-    returns y and the sum."""
+class _AddNorm(torch.autograd.Function):
+    """Autograd's view of `add_norm`: x and residual [X, D] and gain -> y and the sum."""
 
     @staticmethod
-    def keep(
-        ctx: Any, total: Tensor, gain: Tensor, rstd: Tensor, after_cast: bool, config: list[int], run: RunBackward
-    ) -> None:
-        """Save what `run` makes the gradients of; an output that nobody uses has no gradient, and none is made up."""
-        Norm.keep(ctx, total, gain, rstd, after_cast, config, run)
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, gain: Tensor, eps: float, after_cast: bool, forward: list[int],
+        backward: list[int], run_forward: RunForward, run_backward: RunBackward,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Add and normalize; an output that nobody uses has no gradient, and none is made up."""
+        y, total, rstd = run_forward(x, residual, gain, eps, after_cast, forward)
+        ctx.save_for_backward(total, gain, rstd)
+        ctx.after_cast, ctx.config, ctx.run = after_cast, backward, run_backward
         ctx.set_materialize_grads(False)
+        return y, total
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

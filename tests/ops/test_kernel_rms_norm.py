@@ -17,16 +17,16 @@ from tessera_shared.errors import KernelError
 pytest.importorskip("triton")
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture(params=["triton.rms_norm", "cuda.rms_norm", "fastest_rms_norm"])
 def fused(request: pytest.FixtureRequest) -> ModuleType:
-    """Each room's kernel in turn; that in CUDA C++ where something can run it."""
-    if request.param == "cuda":
+    """Each room's kernel in turn, and a forward with another's backward; CUDA C++ where something can run it."""
+    if request.param != "triton.rms_norm":
         pytest.importorskip("cuda.bindings")
         if shutil.which("c++") is None:
             pytest.skip("no C++ compiler")
         if os.environ.get("TRITON_INTERPRET") != "1":
             pytest.skip("a GPU is here: make gpu runs the kernels")
-    return import_module(f"tessera_kernels.{request.param}.rms_norm")
+    return import_module(f"tessera_kernels.{request.param}")
 
 
 def _limit(found: torch.Tensor, usual: torch.Tensor, truth: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ Equation, tile picture and what lives where stand at the top of `rms_norm.cu`. R
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from tessera_kernels.checks import expect_between, expect_multiple
 from tessera_kernels.cuda._launch import Int64, Kernel, expect_cuda_device, launch, shared_bytes_of
 from tessera_kernels.launching import FLOATS, SHARED_BYTES, as_rows, graph_op, num_sms
-from tessera_kernels.norm_rule import AddNorm, Norm, check_norm, fake_backward, fake_forward
+from tessera_kernels.norm_rule import Launches, add_norm, fake_backward, fake_forward, norm
 from tessera_shared.errors import KernelError
 
 BLOCK_THREADS, WARP = 512, 32
@@ -91,12 +91,7 @@ def rms_norm(
     `KernelError` says what does not fit.
     """
     expect_cuda_device("x_XD", x_XD)
-    check_norm(x_XD, gain_D)
-    if x_XD.numel() == 0:
-        return x_XD * gain_D
-    forward, backward = (list(part) for part in config or ((), ()))
-    y_XD = _Norm.apply(as_rows(x_XD), gain_D, float(eps), gain_after_cast, forward, backward)
-    return y_XD.view(x_XD.shape)  # type: ignore[no-any-return]
+    return norm(LAUNCHES, x_XD, gain_D, eps=eps, gain_after_cast=gain_after_cast, config=config)
 
 
 def add_rms_norm(
@@ -110,15 +105,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(x + residual), x + residual) in one pass. Both inputs have one shape and dtype."""
     expect_cuda_device("x_XD", x_XD)
-    check_norm(x_XD, gain_D, residual_XD)
-    if x_XD.numel() == 0:
-        total_XD = x_XD + residual_XD
-        return total_XD * gain_D, total_XD
-    forward, backward = (list(part) for part in config or ((), ()))
-    y_XD, total_XD = _AddNorm.apply(
-        as_rows(x_XD), as_rows(residual_XD), gain_D, float(eps), gain_after_cast, forward, backward
-    )
-    return y_XD.view(x_XD.shape), total_XD.view(x_XD.shape)
+    return add_norm(LAUNCHES, x_XD, residual_XD, gain_D, eps=eps, gain_after_cast=gain_after_cast, config=config)
 
 
 def specializations() -> Sequence[Kernel]:
@@ -136,31 +123,6 @@ def specializations() -> Sequence[Kernel]:
                         stages = 0 if is_wide else _most_stages(config.backward, 2 + add, dtype)
                         found.append(_kernel("backward", config.backward.held, stages, *flags))
     return found
-
-
-class _Norm(Norm):
-    """Autograd's view of `rms_norm`: x [X, D] and gain -> y."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gain: Tensor, eps: float, after_cast: bool, forward: list[int], backward: list[int]
-    ) -> Tensor:
-        y, _, rstd = run_forward(x, None, gain, eps, after_cast, forward)
-        Norm.keep(ctx, x, gain, rstd, after_cast, backward, run_backward)
-        return y
-
-
-class _AddNorm(AddNorm):
-    """Autograd's view of `add_rms_norm`: x and residual [X, D] and gain -> y and the sum."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor, gain: Tensor, eps: float, after_cast: bool,
-        forward: list[int], backward: list[int],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        y, total, rstd = run_forward(x, residual, gain, eps, after_cast, forward)
-        AddNorm.keep(ctx, total, gain, rstd, after_cast, backward, run_backward)
-        return y, total
 
 
 @graph_op("cuda_rms_norm_forward", fake=fake_forward)
@@ -235,6 +197,10 @@ def run_backward(
         like=x,
     )
     return dx, dgain
+
+
+LAUNCHES = Launches(run_forward, run_backward)
+"""How this room runs both directions."""
 
 
 def _expect_rows(x: Tensor) -> tuple[int, int]:

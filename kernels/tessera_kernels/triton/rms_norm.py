@@ -18,14 +18,14 @@ unit row rounds before the gain. Sums are deterministic; a row's result does not
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from tessera_kernels.checks import expect_triton_device
-from tessera_kernels.norm_rule import AddNorm, Norm, check_norm, fake_backward, fake_forward
+from tessera_kernels.norm_rule import Launches, add_norm, fake_backward, fake_forward, norm
 from tessera_kernels.triton import _rms_norm_kernels as kernels
 from tessera_kernels.triton._launch import (
     SHARED_BYTES,
@@ -103,12 +103,7 @@ def rms_norm(
     `KernelError` says what does not fit.
     """
     expect_triton_device("x_XD", x_XD)
-    check_norm(x_XD, gain_D)
-    if x_XD.numel() == 0:
-        return x_XD * gain_D
-    forward, backward = (list(part) for part in config or ((), ()))
-    y_XD = _Norm.apply(as_rows(x_XD), gain_D, float(eps), gain_after_cast, forward, backward)
-    return y_XD.view(x_XD.shape)  # type: ignore[no-any-return]
+    return norm(LAUNCHES, x_XD, gain_D, eps=eps, gain_after_cast=gain_after_cast, config=config)
 
 
 def add_rms_norm(
@@ -122,40 +117,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(x + residual), x + residual) in one pass. Both inputs have one shape and dtype."""
     expect_triton_device("x_XD", x_XD)
-    check_norm(x_XD, gain_D, residual_XD)
-    if x_XD.numel() == 0:
-        total_XD = x_XD + residual_XD
-        return total_XD * gain_D, total_XD
-    forward, backward = (list(part) for part in config or ((), ()))
-    y_XD, total_XD = _AddNorm.apply(
-        as_rows(x_XD), as_rows(residual_XD), gain_D, float(eps), gain_after_cast, forward, backward
-    )
-    return y_XD.view(x_XD.shape), total_XD.view(x_XD.shape)
-
-
-class _Norm(Norm):
-    """Autograd's view of `rms_norm`: x [X, D] and gain -> y."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gain: Tensor, eps: float, after_cast: bool, forward: list[int], backward: list[int]
-    ) -> Tensor:
-        y, _, rstd = run_forward(x, None, gain, eps, after_cast, forward)
-        Norm.keep(ctx, x, gain, rstd, after_cast, backward, run_backward)
-        return y
-
-
-class _AddNorm(AddNorm):
-    """Autograd's view of `add_rms_norm`: x and residual [X, D] and gain -> y and the sum."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor, gain: Tensor, eps: float, after_cast: bool,
-        forward: list[int], backward: list[int],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        y, total, rstd = run_forward(x, residual, gain, eps, after_cast, forward)
-        AddNorm.keep(ctx, total, gain, rstd, after_cast, backward, run_backward)
-        return y, total
+    return add_norm(LAUNCHES, x_XD, residual_XD, gain_D, eps=eps, gain_after_cast=gain_after_cast, config=config)
 
 
 @graph_op("rms_norm_forward", fake=fake_forward)
@@ -210,6 +172,10 @@ def run_backward(
             EVEN_ROWS=num_rows % cut.rows == 0, STAGES=cut.stages, **flags,
         )  # fmt: skip
         return dx, _sum_over_rows(partial, gain)
+
+
+LAUNCHES = Launches(run_forward, run_backward)
+"""How this room runs both directions."""
 
 
 def _wide_partials(dy: Tensor, x: Tensor, rstd: Tensor, gain_after_cast: bool) -> Tensor:
