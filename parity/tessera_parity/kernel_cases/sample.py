@@ -42,7 +42,7 @@ JUST_BELOW_ONE = 1.0 - 2.0**-24
 SMALL = SampleConfig(4, 8, 2, 4, 4, 4, 1, 8, 2)
 WIDE = SampleConfig(4, 16, 2, 4, 4, 8, 1, 16, 2)
 """Let the interpreter see lists that overflow, pivots and ties at small sizes; for it alone."""
-LONG = SampleConfig(4, 512, 8, 16, 8, 8, 1, 64, 2)
+LONG = SampleConfig(4, 1024, 8, 16, 8, 8, 1, 64, 2)
 """What the interpreter takes where a case names none: a tile for a GPU keeps it busy for 20 s, one number or 40,000."""
 
 Numbers = np.ndarray[Any, Any]
