@@ -105,13 +105,13 @@ def _swiglu_sweeps() -> Iterator[Sweep]:
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor, cut: swiglu.SwigluConfig) -> Callable[[], object]:
-    return lambda: swiglu.run_forward(gate, up, list(cut))
+    return lambda: swiglu._run_forward(gate, up, list(cut))
 
 
 def _swiglu_backward(
     dact: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, cut: swiglu.SwigluConfig
 ) -> Callable[[], object]:
-    return lambda: swiglu.run_backward(dact, gate, up, list(cut))
+    return lambda: swiglu._run_backward(dact, gate, up, list(cut))
 
 
 def _gate_up_sweeps() -> Iterator[Sweep]:

@@ -244,6 +244,16 @@ def swept(
     return store
 
 
+@pytest.mark.parametrize("op", ["rms_norm", "rope", "swiglu", "adamw"])
+def test_candidates_of_a_sweep_call_what_is_there(
+    op: str, scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep notes what a candidate raises and goes on: a name that is gone would leave a sweep without numbers."""
+    monkeypatch.setenv("TESSERA_BENCH_DRY", "1")
+    for one in scripts.sweeping.sweeps_of(op):
+        one.candidates[one.current]()
+
+
 def test_a_sweep_ranks_over_shapes_and_never_what_is_wrong_or_deadly(
     scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
