@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--bugs-after", type=int, default=0, metavar="N", help="plant bugs N + 1 and on; with N > 0 nothing else"
     )
     options = parser.parse_args(arguments)
+    if options.bugs_after < 0:
+        parser.error(f"--bugs-after = {options.bugs_after}: expected 0 or more, because bugs are counted from 1; try 0")
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     return _work(options, _say)

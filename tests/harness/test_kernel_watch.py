@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tessera_parity import kernel_watch
+from tessera_parity import kernel_watch, kernel_worker
 from tessera_parity.kernel_watch import RESTARTS, Report, wait, work
 
 FUZZED = {"op": "rope", "failure": ""}
@@ -143,6 +143,13 @@ def test_a_process_that_ends_at_a_bug(ends: str, silence: float | None, says: st
     kernel_watch._run(report, [sys.executable, "-c", script], time.monotonic() + 3, silence)
     assert report.ended.startswith(says)
     assert report.caught_by_its_end() == caught
+
+
+def test_a_number_of_bugs_below_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        kernel_worker.main(["rope", "--bugs-after", "-1"])
+    assert left.value.code == 2
+    assert "--bugs-after = -1: expected 0 or more" in capsys.readouterr().err
 
 
 def test_a_real_worker_goes_on_after_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
