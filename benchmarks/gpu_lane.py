@@ -4,8 +4,10 @@ versions.
     python benchmarks/gpu_lane.py [--out DIR] [--calibrate]
 
 Every part is a `parity` command line that a person could type; this file only chooses them, times them and collects
-what they print. Both sides run without TF32 and without reduced-precision bfloat16 sums (`tessera_parity.environment`
-records it).
+what they print. Parts run side by side, the longest first: they share the GPU, and most of their time is the CPU's, for
+JAX's compiler and float64. `--at-once 1` is one after the other, for a GPU that does not hold several. The report is
+written after every part, so that what is finished is kept. Both sides run without TF32 and without reduced-precision
+bfloat16 sums (`tessera_parity.environment` records it). Exit code: the parts' worst; 4 no GPU, 130 interrupted.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +43,12 @@ def main() -> int:
     )
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script itself")
     parser.add_argument("--lane", choices=("quick", "full"), default="quick", help="full takes over ten minutes")
+    parser.add_argument("--at-once", type=int, default=max(1, min(4, (os.cpu_count() or 1) // 4)),
+                        help="parts at a time; default: one for each four cores, at most four")  # fmt: skip
     options = parser.parse_args()
+    if options.at_once < 1:
+        print(f"at_once = {options.at_once}: expected at least 1, because it counts parts; try 1", file=sys.stderr)
+        return 2
     gpu = gpu_name() if options.device == "cuda" else "none (dry run on the CPU)"
     if gpu is None:
         print(
@@ -51,15 +59,31 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     day = datetime.now(UTC).strftime("%Y-%m-%d")
     slug = "".join(c if c.isalnum() else "-" for c in gpu.lower()).strip("-")
-    parts = [part(name, arguments, options.out / f"{day}_{slug}_{name}") for name, arguments in plan(options)]
     report = options.out / f"{day}_parity_{slug}.md"
-    report.write_text(written(gpu, parts), encoding="utf-8")
+    began, parts = time.perf_counter(), []
+    calibrations, jobs = plan(options)
+    pool = ThreadPoolExecutor(options.at_once)
+    try:
+        for batch in (*([one] for one in calibrations), jobs):  # runs read what calibration leaves
+            running = [pool.submit(part, name, words, options.out / f"{day}_{slug}_{name}") for name, words in batch]
+            for done in as_completed(running):
+                parts.append(done.result())
+                seconds = time.perf_counter() - began
+                report.write_text(written(gpu, parts, options.at_once, seconds), encoding="utf-8")
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)  # the parts got the signal too, and end by themselves
+        print(f"interrupted; {len(parts)} parts are in {report}", file=sys.stderr)
+        return 130
     print(report.read_text(encoding="utf-8"))
     return max(result["exit"] for result in parts)
 
 
-def plan(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
-    """Return (name, arguments of `parity`) for each part."""
+Job = tuple[str, list[str]]
+"""A part's name and arguments of `parity`."""
+
+
+def plan(options: argparse.Namespace) -> tuple[list[Job], list[Job]]:
+    """Return the calibrations that were asked for, and the parts, longest first."""
     where = ["--device", options.device]
     jobs = ["--jobs", str(os.cpu_count() or 1)]
     calibration, parts = [], []
@@ -74,7 +98,8 @@ def plan(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     parts += [
         (_slug(shape), ["run", "model", "rounding", "--model", shape, f"--{options.lane}", *where]) for shape in SHAPES
     ]
-    return calibration + [(name, arguments) for name, arguments in parts if not options.only or name in options.only]
+    wanted = [(name, arguments) for name, arguments in reversed(parts) if not options.only or name in options.only]
+    return calibration, wanted
 
 
 def _slug(shape: str) -> str:
@@ -88,7 +113,7 @@ def part(name: str, arguments: list[str], folder: Path) -> dict[str, object]:
     if arguments[0] == "run":
         command += ["--report", str(scratch)]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(str(ROOT / room) for room in ROOMS),
+        "PYTHONPATH": os.pathsep.join([*(str(ROOT / room) for room in ROOMS), os.environ.get("PYTHONPATH", "")]),
         "PYTHONSAFEPATH": "1",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # two frameworks share one GPU
         "COLUMNS": "110",
@@ -129,14 +154,15 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def written(gpu: str, parts: list[dict[str, object]]) -> str:
-    """Return the report as Markdown."""
+def written(gpu: str, parts: list[dict[str, object]], at_once: int, seconds: float) -> str:
+    """Return the report of the parts that are done as Markdown."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "jax", "numpy", "flax", "optax"))
     lines = [
         f"# Parity on {gpu}, {datetime.now(UTC):%Y-%m-%d}",
         "",
         f"Python {platform.python_version()}, {versions}, {os.cpu_count()} CPU cores, {driver()}.",
-        "Made by `python benchmarks/gpu_lane.py`. TF32 off and full-precision sums on both sides.",
+        f"Made by `python benchmarks/gpu_lane.py`, {at_once} parts at a time, {seconds:.0f} s in all. TF32 off and full-precision",
+        "sums on both sides.",
         "",
         "| part | command | exit | seconds | question 1 |",
         "| --- | --- | --- | --- | --- |",

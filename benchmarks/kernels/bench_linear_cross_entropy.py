@@ -166,9 +166,10 @@ def cuts() -> Iterator[tuple[str, dict[str, object]]]:
 def parts() -> Iterator[tuple[str, Function, float]]:
     """Yield the pieces that the time is made of: each product of one chunk and the row kernel, with their operations."""
     from tessera_kernels.triton._cross_entropy_rows import row_kernel
+    from tessera_kernels.triton._gradient_sums import add_product, product
     from tessera_kernels.triton._label_logits import label_logits
-    from tessera_kernels.triton._linear_loss import add_product, padded_columns, product
     from tessera_kernels.triton._logit_tiles import multiply_and_finish
+    from tessera_kernels.triton._loss_plans import padded_columns
     from tessera_kernels.triton.linear_cross_entropy import CONFIGS
 
     hidden, head, labels = inputs()

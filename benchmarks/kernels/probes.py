@@ -3,7 +3,7 @@
     ncu --nvtx --nvtx-include "regex:probe.*/" ... python benchmarks/kernels/probes.py rms_norm
 
 `session.py profile` makes that command. Shapes are those of the benches where a call launches few kernels; a loss runs one
-chunk of rows, forward and gradients.
+chunk of rows, or all rows and a few stripes of ids, forward and gradients.
 """
 
 import argparse
@@ -117,6 +117,9 @@ def _cross_entropy() -> Iterator[Probe]:
     few = harness.choose(1664, 4)
     given = hidden[:few].detach().requires_grad_(), head, labels[:few]
     yield Probe(name=f"{few} rows, forward and gradients", call=partial(bench.ours, *given))
+    ids = harness.choose(4096, 64)
+    stripes = hidden, head[:ids].detach().requires_grad_(), labels % ids
+    yield Probe(name=f"no logits, {ids} ids", call=partial(bench.ours, *stripes, mode="no_logits"))
 
 
 def _distillation() -> Iterator[Probe]:
@@ -129,6 +132,13 @@ def _distillation() -> Iterator[Probe]:
     given = student[:few].detach().requires_grad_(), head, teacher[:few], teacher_head, labels[:few]
     for divergence in ("forward_kl", "generalized_jsd"):
         yield Probe(name=f"{divergence} {few} rows", call=partial(bench.ours, *given, divergence=divergence))
+    ids = harness.choose(4096, 64)
+    stripes = student, head[:ids].detach().requires_grad_(), teacher, teacher_head[:ids], labels % ids
+    for divergence in ("forward_kl", "reverse_kl"):
+        yield Probe(
+            name=f"{divergence} no logits {ids} ids",
+            call=partial(bench.ours, *stripes, divergence=divergence, mode="no_logits"),
+        )
 
 
 def _swiglu() -> Iterator[Probe]:

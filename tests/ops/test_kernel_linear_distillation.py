@@ -9,7 +9,7 @@ from torch import Tensor
 from tessera_kernels.reference import linear_distillation as plain
 from tessera_kernels.triton import linear_distillation as fused
 from tessera_kernels.triton._divergence_series import DIVERGENCES, ORDER, coefficients
-from tessera_kernels.triton._linear_loss import LossConfig
+from tessera_kernels.triton._loss_plans import LossConfig
 from tessera_parity.budget import gamma, mathematics_limit
 from tessera_parity.kernel_budget import FACTOR, noise_floor
 from tessera_shared.errors import KernelError

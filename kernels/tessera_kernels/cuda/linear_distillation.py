@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tessera_kernels.cuda._launch import Kernel, TensorMap, expect_cuda_device, launch, num_sms, tensor_map
 from tessera_kernels.triton import linear_distillation as rows
-from tessera_kernels.triton._linear_loss import LossConfig
+from tessera_kernels.triton._loss_plans import LossConfig
 
 BLOCK, COLUMNS, TERMS = 128, 256, 64
 THREADS, STAGES = 384, 4

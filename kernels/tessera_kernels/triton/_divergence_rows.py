@@ -145,9 +145,7 @@ def _log_mixture(r, weight):
 
 
 @triton.jit
-def _term_and_slope(
-    p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND: tl.constexpr
-):
+def term_and_slope(p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND: tl.constexpr):
     """Return q F(r) and G(r) of each id, q G(r) of forward KL. What is left unused costs nothing: the compiler drops it."""
     near = tl.abs(r) < SERIES_BELOW
     f = f2 + r * (f3 + r * (f4 + r * (f5 + r * (f6 + r * (f7 + r * (f8 + r * f9))))))
@@ -171,7 +169,7 @@ def _term_and_slope(
 
 
 @triton.jit
-def _probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau):
+def probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau):
     """Return teacher p, student q, and r = log p - log q. The shares are those of the two maxima."""
     scale = inv_tau * LOG2_E
     p = tl.exp2((t - t_top) * scale) * t_share
@@ -190,8 +188,8 @@ def _ratio_tile(
         read_logits(student, columns, width, padded, LOWEST, LAST),
         read_logits(teacher, columns, width, padded, LOWEST, LAST),
     )
-    p, q, r = _probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau)
-    term, slope = _term_and_slope(p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND)
+    p, q, r = probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau)
+    term, slope = term_and_slope(p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND)
     kept = tl.clamp(slope * lift, -MOST_KEPT, MOST_KEPT, tl.PropagateNan.ALL).to(ratios.dtype.element_ty)
     if WRITE:
         if LAST:
@@ -249,7 +247,7 @@ def scaling_walk(
     z_loss, inv_tau, HARD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk a row forward; write slopes (see `last_walk`) over what `ratio_walk` kept of them."""
-    hard_factor, hard_own = _label_slopes(s_top, rest, label_logit, hard_scale, z_loss)
+    hard_factor, hard_own = label_slopes(s_top, rest, label_logit, hard_scale, z_loss)
     own_id, lanes, whole = label.to(tl.int32), tl.arange(0, BLOCK), width // BLOCK
     per_ratio = soft_scale / mass / lift
     for step in tl.range(0, whole, num_stages=STAGES):
@@ -265,7 +263,7 @@ def scaling_walk(
 
 
 @triton.jit
-def _label_slopes(top, rest, label_logit, hard_scale, z_loss):
+def label_slopes(top, rest, label_logit, hard_scale, z_loss):
     """Return what e^(s - top) is multiplied by in the slopes of the cross-entropy, and the label's own slope."""
     _, total = label_loss(top, rest, label_logit)
     share = 2.0 * z_loss * (top + tl.log(total))
@@ -284,8 +282,8 @@ def _last_tile(
         read_logits(student, columns, width, padded, LOWEST, LAST),
         read_logits(teacher, columns, width, padded, LOWEST, LAST),
     )
-    p, q, r = _probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau)
-    term, slope = _term_and_slope(p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND)
+    p, q, r = probabilities(s, t, s_top, t_top, s_share, t_share, shift, inv_tau)
+    term, slope = term_and_slope(p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND)
     if WRITE:
         slope = soft_scale * (slope if KIND == FORWARD else q * (slope - slope_sum))
         if HARD:
@@ -310,7 +308,7 @@ def last_walk(
     logits of the student that the walk has behind it, or has just read.
     """
     shift, s_share, t_share = log_ratio_of_sums(mass, moved), 1.0 / mass, 1.0 / (mass + moved)
-    hard_factor, hard_own = _label_slopes(s_top, rest, label_logit, hard_scale, z_loss)
+    hard_factor, hard_own = label_slopes(s_top, rest, label_logit, hard_scale, z_loss)
     own_id = (label - first_id).to(tl.int32)
     lanes, terms = tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.float32)
     whole, steps = width // BLOCK, (padded + BLOCK - 1) // BLOCK
@@ -351,7 +349,7 @@ def mixed_loss(divergence, soft_weight, label_weight, z_loss, top, rest, label_l
 
 
 @triton.jit
-def _slope_sum_of_kl(mass, moved, mean, KIND: tl.constexpr):
+def slope_sum_of_kl(mass, moved, mean, KIND: tl.constexpr):
     """sum q G(r) from the online sums: 0 for forward KL, -sum q r for reverse KL."""
     if KIND == REVERSE:
         return log_ratio_of_sums(mass, moved) - mean / mass / LOG2_E
@@ -408,7 +406,7 @@ def row_kernel(
         else:
             divergence = last_walk(
                 s, t, dz, 0, vocab, padded, label, s_top, t_top, mass, moved, rest, own,
-                _slope_sum_of_kl(mass, moved, mean, KIND), scale * soft_weight * inv_tau, scale * label_weight, z_loss,
+                slope_sum_of_kl(mass, moved, mean, KIND), scale * soft_weight * inv_tau, scale * label_weight, z_loss,
                 inv_tau, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8,
                 KIND, HARD, WRITE, True, False, BLOCK, STAGES,
             )  # fmt: skip
@@ -478,7 +476,7 @@ def tile_slopes(
         scale = tl.where(known, tl.load(unit), float("nan"))
         divergence = last_walk(
             student + row * padded, teacher + row * padded, dz, first_id, width, padded, label, s_top, t_top, mass,
-            moved, rest, own, _slope_sum_of_kl(mass, moved, mean, KIND), scale * soft_weight * inv_tau,
+            moved, rest, own, slope_sum_of_kl(mass, moved, mean, KIND), scale * soft_weight * inv_tau,
             scale * label_weight, z_loss, inv_tau, weight,
             f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND, HARD, WRITE, False, True, BLOCK, STAGES,
         )  # fmt: skip

@@ -36,12 +36,15 @@ from tessera_kernels.triton._row_math import LOG2_E, LOWEST, exp, without_shortf
 
 BLOCK_X, BLOCK_V, BLOCK_D = 128, 256, 64
 GROUP, STAGES = 16, 4
+SHAPE = {"BLOCK_X": BLOCK_X, "BLOCK_V": BLOCK_V, "BLOCK_D": BLOCK_D, "GROUP": GROUP}
+"""How all of these products are cut: what kernels of other files pass on."""
+
 PARTIALS = 3
 """Numbers of a row and tile: maximum, sum, moment."""
 
 
 @triton.jit
-def _place(tile, blocks_x, blocks_v, BLOCK_X: tl.constexpr, GROUP: tl.constexpr):
+def place_of(tile, blocks_x, blocks_v, BLOCK_X: tl.constexpr, GROUP: tl.constexpr):
     """Return a tile's first row and its block of the vocabulary."""
     group_size = GROUP * blocks_v
     first_block = (tile // group_size) * GROUP
@@ -50,7 +53,7 @@ def _place(tile, blocks_x, blocks_v, BLOCK_X: tl.constexpr, GROUP: tl.constexpr)
 
 
 @triton.jit
-def _product(
+def product_tile(
     hidden,
     head,
     row,
@@ -61,6 +64,7 @@ def _product(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Return one tile of hidden head^T, summed in float32."""
     total = tl.zeros([BLOCK_X, BLOCK_V], tl.float32)
     for start in tl.range(0, width, BLOCK_D):
         a, b = hidden.load([row, start]), head.load([column, start])
@@ -71,7 +75,8 @@ def _product(
 
 
 @triton.jit
-def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the first and the second half of a tile's columns."""
     return tile.reshape([ROWS, 2, COLUMNS // 2]).permute(0, 2, 1).split()
 
 
@@ -109,10 +114,10 @@ def logit_tiles(
     blocks_x, blocks_v = tl.cdiv(num_rows, BLOCK_X), tl.cdiv(vocab, BLOCK_V)
     half: tl.constexpr = BLOCK_V // 2
     for tile in tl.range(tl.program_id(0), blocks_x * blocks_v, tl.num_programs(0), flatten=FLATTEN):
-        row, block = _place(tile, blocks_x, blocks_v, BLOCK_X, GROUP)
+        row, block = place_of(tile, blocks_x, blocks_v, BLOCK_X, GROUP)
         column = block * BLOCK_V
-        total = _product(hidden, head, row, column, width, LIFT, BLOCK_X, BLOCK_V, BLOCK_D)
-        first, second = _halves(total, BLOCK_X, BLOCK_V)
+        total = product_tile(hidden, head, row, column, width, LIFT, BLOCK_X, BLOCK_V, BLOCK_D)
+        first, second = halves(total, BLOCK_X, BLOCK_V)
         rows = row + tl.arange(0, BLOCK_X)
         inside = rows < num_rows
         label = tl.load(labels + rows, mask=inside, other=-1)
@@ -191,16 +196,16 @@ def _quarter_sums(raw, top, ids, own, inv_tau, HARD: tl.constexpr, COLD: tl.cons
 @triton.jit(do_not_specialize=["num_rows"])
 def summed_logit_tiles(
     hidden, head, logits, labels, partials, num_rows, vocab, width, inv_tau, HARD: tl.constexpr, COLD: tl.constexpr,
-    LIFT: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    WRITE: tl.constexpr, LIFT: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Write float32 logits a quarter of a tile at a time, and partials [2, or with HARD 4, tiles, rows]."""
+    """Write float32 logits a quarter of a tile at a time (WRITE), and partials [2, or with HARD 4, tiles, rows]."""
     blocks_x, blocks_v = tl.cdiv(num_rows, BLOCK_X), tl.cdiv(vocab, BLOCK_V)
     quarter: tl.constexpr = BLOCK_V // 4
     for tile in tl.range(tl.program_id(0), blocks_x * blocks_v, tl.num_programs(0), flatten=FLATTEN):
-        row, block = _place(tile, blocks_x, blocks_v, BLOCK_X, GROUP)
+        row, block = place_of(tile, blocks_x, blocks_v, BLOCK_X, GROUP)
         column = block * BLOCK_V
-        total = _product(hidden, head, row, column, width, LIFT, BLOCK_X, BLOCK_V, BLOCK_D)
+        total = product_tile(hidden, head, row, column, width, LIFT, BLOCK_X, BLOCK_V, BLOCK_D)
         rows = row + tl.arange(0, BLOCK_X)
         inside = rows < num_rows
         ids, left = tl.arange(0, quarter)[None, :], vocab - column
@@ -211,16 +216,20 @@ def summed_logit_tiles(
             own = tl.where(here, label - column, -1).to(tl.int32)[:, None]
         total = tl.where(tl.arange(0, BLOCK_V)[None, :] < left, total, LOWEST)
         top = tl.max(total, 1)
-        first, second = _halves(total, BLOCK_X, BLOCK_V)
-        a, b = _halves(first, BLOCK_X, BLOCK_V // 2)
-        c, d = _halves(second, BLOCK_X, BLOCK_V // 2)
-        logits.store([row, column], a)
+        first, second = halves(total, BLOCK_X, BLOCK_V)
+        a, b = halves(first, BLOCK_X, BLOCK_V // 2)
+        c, d = halves(second, BLOCK_X, BLOCK_V // 2)
+        if WRITE:
+            logits.store([row, column], a)
         mass_a, rest_a, moment_a = _quarter_sums(a, top, ids, own, inv_tau, HARD, COLD)
-        logits.store([row, column + quarter], b)
+        if WRITE:
+            logits.store([row, column + quarter], b)
         mass_b, rest_b, moment_b = _quarter_sums(b, top, ids + quarter, own, inv_tau, HARD, COLD)
-        logits.store([row, column + 2 * quarter], c)
+        if WRITE:
+            logits.store([row, column + 2 * quarter], c)
         mass_c, rest_c, moment_c = _quarter_sums(c, top, ids + 2 * quarter, own, inv_tau, HARD, COLD)
-        logits.store([row, column + 3 * quarter], d)
+        if WRITE:
+            logits.store([row, column + 3 * quarter], d)
         mass_d, rest_d, moment_d = _quarter_sums(d, top, ids + 3 * quarter, own, inv_tau, HARD, COLD)
         place = partials + block * num_rows + rows
         step = blocks_v * num_rows
@@ -241,6 +250,14 @@ def reads(*operands: Tensor) -> bool:
     )  # fmt: skip
 
 
+def operands(hidden: Tensor, head: Tensor, columns: int = BLOCK_V) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Return both factors of a product as its tiles, of so many columns, are read."""
+    return (
+        TensorDescriptor.from_tensor(hidden, [BLOCK_X, BLOCK_D]),
+        TensorDescriptor.from_tensor(head, [columns, BLOCK_D]),
+    )
+
+
 def partial_bytes(vocab: int) -> int:
     """Return what a row takes beside its powers."""
     tiles: int = triton.cdiv(vocab, BLOCK_V)
@@ -253,23 +270,35 @@ def multiply_and_finish(
 ) -> None:  # fmt: skip
     """Write the losses of some rows, and with `write` their slopes [rows, padded]."""
     labels, exact, losses, unit = rows_of
-    (num_rows, width), vocab, padded = hidden.shape, head.shape[0], slopes.shape[1]
-    blocks = triton.cdiv(vocab, BLOCK_V)
-    partials = torch.empty(PARTIALS, blocks, num_rows, dtype=torch.float32, device=hidden.device)
+    num_rows, vocab, padded = len(hidden), len(head), slopes.shape[1]
     found = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
     powers: Any = slopes.view(torch.float16)
-    grid = num_programs(triton.cdiv(num_rows, BLOCK_X) * blocks, 1, hidden.device)
+    partials = _multiply(hidden, head, labels, found, convention[2], powers if write else None, stages)
     flags = {"CAPPED": convention[2] != 0.0, "WRITE": write, "BLOCK_V": BLOCK_V, "num_warps": 8}
-    logit_tiles[(grid,)](
-        TensorDescriptor.from_tensor(hidden, [BLOCK_X, BLOCK_D]), TensorDescriptor.from_tensor(head, [BLOCK_V, BLOCK_D]),
-        TensorDescriptor.from_tensor(powers, [BLOCK_X, BLOCK_V // 2]) if write else powers, labels, partials, found,
-        num_rows, vocab, width, convention[2], LIFT=is_interpreting(), BLOCK_X=BLOCK_X, BLOCK_D=BLOCK_D, GROUP=GROUP,
-        FLATTEN=True, num_stages=stages or STAGES, **flags,
-    )  # fmt: skip
     finish_rows[(num_rows,)](
         powers, slopes, partials, found, labels, exact, losses, unit, vocab, padded, num_rows, *convention,
-        TILES=triton.next_power_of_2(blocks), STEP=16, **flags,
+        TILES=triton.next_power_of_2(partials.shape[1]), STEP=16, **flags,
     )  # fmt: skip
+
+
+def sums_of_stripe(hidden: Tensor, head: Tensor, labels: Tensor, found: Tensor, softcap: float) -> Tensor:
+    """Return what each row and tile has of sums, [3, tiles, rows]; write the labels' logits that lie here to `found`."""
+    return _multiply(hidden, head, labels, found, softcap, None, 0)
+
+
+def _multiply(
+    hidden: Tensor, head: Tensor, labels: Tensor, found: Tensor, softcap: float, powers: Tensor | None, stages: int
+) -> Tensor:
+    (num_rows, width), vocab = hidden.shape, head.shape[0]
+    blocks = triton.cdiv(vocab, BLOCK_V)
+    partials = torch.empty(PARTIALS, blocks, num_rows, dtype=torch.float32, device=hidden.device)
+    grid = num_programs(triton.cdiv(num_rows, BLOCK_X) * blocks, 1, hidden.device)
+    out = found if powers is None else TensorDescriptor.from_tensor(powers, [BLOCK_X, BLOCK_V // 2])
+    logit_tiles[(grid,)](
+        *operands(hidden, head), out, labels, partials, found, num_rows, vocab, width, softcap, CAPPED=softcap != 0.0,
+        WRITE=powers is not None, LIFT=is_interpreting(), FLATTEN=True, num_stages=stages or STAGES, num_warps=8, **SHAPE,
+    )  # fmt: skip
+    return partials
 
 
 def multiply_both(
@@ -284,17 +313,26 @@ def multiply_both(
 
     Return what each row and tile has of sums, [6, tiles, rows]: four numbers of the student's, two of the teacher's.
     """
-    num_rows, vocab = len(student[0]), len(student[1])
-    blocks = triton.cdiv(vocab, BLOCK_V)
-    partials = torch.empty(6, blocks, num_rows, dtype=torch.float32, device=logits.device)
-    grid = num_programs(triton.cdiv(num_rows, BLOCK_X) * blocks, 1, logits.device)
-    for (hidden, head), out, sums, counts in zip(
-        (student, teacher), logits, (partials[:4], partials[4:]), (hard, False), strict=True
-    ):
-        summed_logit_tiles[(grid,)](
-            TensorDescriptor.from_tensor(hidden, [BLOCK_X, BLOCK_D]), TensorDescriptor.from_tensor(head, [BLOCK_V, BLOCK_D]),
-            TensorDescriptor.from_tensor(out, [BLOCK_X, BLOCK_V // 4]), labels, sums, num_rows, vocab, hidden.shape[1],
-            inv_tau, HARD=counts, COLD=counts and inv_tau != 1.0, LIFT=is_interpreting(), BLOCK_X=BLOCK_X, BLOCK_V=BLOCK_V,
-            BLOCK_D=BLOCK_D, GROUP=GROUP, FLATTEN=True, num_stages=STAGES, num_warps=8,
-        )  # fmt: skip
+    blocks = triton.cdiv(len(student[1]), BLOCK_V)
+    partials = torch.empty(6, blocks, len(student[0]), dtype=torch.float32, device=logits.device)
+    _multiply_model(student, logits[0], labels, partials[:4], inv_tau, hard)
+    _multiply_model(teacher, logits[1], labels, partials[4:], inv_tau, False)
     return partials
+
+
+def sums_of_model(model: tuple[Tensor, Tensor], partials: Tensor, inv_tau: float) -> None:
+    """Write what each row and tile of a model's (hidden states, head) has of sums, [2, tiles, rows], and no logits."""
+    _multiply_model(model, None, partials, partials, inv_tau, False)
+
+
+def _multiply_model(
+    model: tuple[Tensor, Tensor], logits: Tensor | None, labels: Tensor, partials: Tensor, inv_tau: float, hard: bool
+) -> None:
+    hidden, head = model
+    grid = num_programs(triton.cdiv(len(hidden), BLOCK_X) * partials.shape[1], 1, hidden.device)
+    out = partials if logits is None else TensorDescriptor.from_tensor(logits, [BLOCK_X, BLOCK_V // 4])
+    summed_logit_tiles[(grid,)](
+        *operands(hidden, head), out, labels, partials, len(hidden), len(head), hidden.shape[1], inv_tau, HARD=hard,
+        COLD=hard and inv_tau != 1.0, WRITE=logits is not None, LIFT=is_interpreting(), FLATTEN=True, num_stages=STAGES,
+        num_warps=8, **SHAPE,
+    )  # fmt: skip

@@ -6,11 +6,11 @@
 
     mode "chunked", 6 X V D operations              mode "no_logits", 8 X V D operations
     +--------------- V ---------------+             +-- V --+-------+-------+
-    | rows of a chunk: powers of each | own         |       |       |       |   1. logits of a tile, online sums [X]
-    | tile, float16, and its sums     | product     |   X   | tile  |       |
-    | one program a row: slopes over  |             |       |       |       |   2. logits again, slopes, both products:
-    | its powers, in their memory     |             +-------+-------+       |      d head of the tile is finished at once
-    +---------------------------------+
+    | rows of a chunk: powers of each | own         |       |       |       |   1. logits of a stripe, online sums [X]
+    | tile, float16, and its sums     | product     |   X   | stripe|       |
+    | one program a row: slopes over  |             |       |       |       |   2. logits again, slopes, both products: d
+    | its powers, in their memory     |             +-------+-------+       |      head of the stripe is finished at once
+    +---------------------------------+                                            (`_cross_entropy_tiles`)
 
     HBM        powers, then slopes (2 bytes an id) of one chunk, 12 bytes a row and tile of sums; d hidden; d head
     registers  a tile of logits in the product's epilogue (`_logit_tiles`), the only place where they exist
@@ -18,7 +18,7 @@
 
 What TMA does not read (float32, odd strides, Ampere) and small calls take the library's product instead: `logit_rows` rows
 of float32 logits at a time, which one program a row walks forward for its sums and backward for its slopes, so that the
-second walk begins with what L2 still holds (`_cross_entropy_rows`). No-logits tiles do the same.
+second walk begins with what L2 still holds (`_cross_entropy_rows`); or all rows of a stripe's float32 logits.
 The label's term stays out of the sum: a loss of 1e-3 has as many digits as one of 10. z[label] is a dot product of
 its own, and what the matrix product lacks of it says what the others lack (`_row_math.without_shortfall`).
 `accumulate` is the dtype in which d head is summed over chunks. Memory beyond the gradients is `chunk_bytes`, the pieces
@@ -39,35 +39,32 @@ from torch import Tensor
 from tessera_kernels.checks import expect_triton_device
 from tessera_kernels.triton import _cross_entropy_rows as kernels
 from tessera_kernels.triton import _logit_tiles as tiles
+from tessera_kernels.triton._cross_entropy_tiles import STATE_BYTES, RowData, in_tiles
+from tessera_kernels.triton._gradient_sums import GradientSums, head_sum_dtype, product, slopes_within, unit_of
 from tessera_kernels.triton._label_logits import label_logits
 from tessera_kernels.triton._launch import graph_op, on_device
 from tessera_kernels.triton._linear_loss import (
-    GradientSums,
     LinearLoss,
-    LossConfig,
     check_labels,
     check_options,
     check_pair,
     check_vocab,
-    choose_splits,
     fake_result,
-    head_sum_dtype,
+    readable,
+)
+from tessera_kernels.triton._loss_plans import (
+    LossConfig,
+    choose_splits,
     padded_columns,
     pieces,
     plan_chunks,
     plan_columns,
     plan_rows,
-    product,
-    readable,
-    slopes_within,
-    unit_of,
 )
 
-CHUNK_BYTES = {"chunked": 544 * 2**20, "no_logits": 32 * 2**20}
-"""Bytes for logits and slopes by default. At a vocabulary of 128,256 and 8,192 rows: 4 chunks, 0.5 GiB; or 127 tiles."""
-
-STATE_BYTES = 24
-"""What a row takes beside its tile: label's logit, loss, and the four sums that pass from tile to tile."""
+CHUNK_BYTES = {"chunked": 544 * 2**20, "no_logits": 127 * 2**18}
+"""Bytes for logits and slopes by default. At a vocabulary of 128,256 and 8,192 rows: 4 chunks, 0.5 GiB; or 17 stripes, with the
+float32 sum of d hidden a little less than 64 MiB."""
 
 CONFIGS: tuple[LossConfig, ...] = (
     LossConfig(product=2),
@@ -184,10 +181,6 @@ def _run(
     return losses.sum(dtype=torch.float64).float(), num_tokens, unit, sums.take_hidden(), sums.head_VD
 
 
-RowData = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Labels, their logits, losses (written), and the gradients' unit."""
-
-
 def _options(cut: LossConfig, columns: int, softcap: float) -> dict[str, Any]:
     shape = cut if cut.block else choose_config(columns)
     return {"CAPPED": softcap != 0.0, "BLOCK": shape.block, "STAGES": shape.stages or 1, "num_warps": shape.num_warps}
@@ -251,9 +244,12 @@ def _in_tiles(
     hidden: Tensor, head: Tensor, rows_of: RowData, sums: GradientSums, write: bool, convention: tuple[int, float, float],
     budget: int, cut: LossConfig,
 ) -> None:  # fmt: skip
+    if _wants_powers(cut, hidden, head) and tiles.reads(hidden, head):
+        in_tiles(hidden, head, rows_of, sums, write, convention, budget)
+        return
     (num_rows, _), vocab = hidden.shape, head.shape[0]
     labels, exact, losses, unit = rows_of
-    columns = plan_columns(num_rows, vocab, models=1, state=STATE_BYTES, budget=budget)
+    columns = plan_columns(num_rows, vocab, id_bytes=4, state=STATE_BYTES, budget=budget)
     options = _options(cut, columns, convention[2])
     logits = torch.empty(num_rows, columns, dtype=torch.float32, device=hidden.device)
     slopes = slopes_within(logits, hidden.dtype, at_end=True)

@@ -7,25 +7,26 @@
 
     mode "chunked", 2 X V (3 D + F) operations       mode "no_logits" (forward and reverse KL), 2 X V (4 D + 2 F)
     +--------------- V ---------------+              +-- V --+-------+
-    | student logit_rows, float32     | own          |   X   | tile  |   1. both logits of a tile, online sums [X]
-    | teacher logit_rows, float32     | product      |       |       |   2. both again, loss, slopes, both products:
-    | and the sums of each tile       |              +-------+-------+      d head of the tile is finished at once
-    | one program a row: slopes       | -> bf16
+    | student logit_rows, float32     | own          |   X   | stripe|   1. both logits of a stripe, online sums [X]
+    | teacher logit_rows, float32     | product      |       |       |   2. both again, loss, slopes, both products: d
+    | and the sums of each tile       |              +-------+-------+      head of the stripe is finished at once
+    | one program a row: slopes       | -> bf16                             (`_divergence_tiles`)
     +---------------------------------+
 
-    HBM        float32 logits of both models and slopes (the input dtype) of one chunk; of a tile over the student's;
-               24 bytes a row and tile of sums
+    HBM        float32 logits of both models and slopes (the input dtype) of one chunk, 24 bytes a row and tile of sums;
+               without logits the teacher's and slopes of one stripe
     registers  one tile of both rows; maxima and sums
     shared     what the loop prefetches; the reduction across warps
 
 The product's epilogue takes each tile's softmax sums (`_logit_tiles`): forward KL then walks a row once, the others twice.
 What TMA does not read (float32, odd strides, Ampere) and small calls take the library's product, and the row kernel one
-walk more for the sums; so do no-logits tiles. Walks change direction, so that each begins with what L2 still holds. The
-conventions, and the care for digits near convergence (no difference of two logarithms or two probabilities), are those of
-`tessera_torch.distil.losses`; the mixture of JSD and skew takes part in the gradient. "no_logits" is refused for JSD and
-skew: their slopes need sums that need both normalizers, which would be a third time all logits. A label's logit is a dot
-product of its own, as in `linear_cross_entropy`; in the divergence, what tensor cores cut off both models' logits leaves
-in their difference what it leaves in one of them near 0. Reference: `tessera_kernels.reference.linear_distillation`.
+walk more for the sums; without logits both models' of a stripe are then in memory, slopes over the student's. Walks
+change direction, so that each begins with what L2 still holds. The conventions, and the care for digits near convergence
+(no difference of two logarithms or two probabilities), are those of `tessera_torch.distil.losses`; the mixture of JSD and
+skew takes part in the gradient. "no_logits" is refused for JSD and skew: their slopes need sums that need both
+normalizers, which would be a third time all logits. A label's logit is a dot product of its own, as in
+`linear_cross_entropy`; in the divergence, what tensor cores cut off both models' logits leaves in their difference what
+it leaves in one of them near 0. Reference: `tessera_kernels.reference.linear_distillation`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -40,27 +41,26 @@ from tessera_kernels.checks import expect_between, expect_choice, expect_same_de
 from tessera_kernels.triton import _divergence_rows as kernels
 from tessera_kernels.triton import _logit_tiles as tiles
 from tessera_kernels.triton._divergence_series import DIVERGENCES, coefficients
+from tessera_kernels.triton._divergence_tiles import in_tiles
+from tessera_kernels.triton._gradient_sums import GradientSums, head_sum_dtype, product, slopes_within, unit_of
 from tessera_kernels.triton._label_logits import label_logits
 from tessera_kernels.triton._launch import graph_op, on_device
 from tessera_kernels.triton._linear_loss import (
-    GradientSums,
     LinearLoss,
-    LossConfig,
     check_labels,
     check_options,
     check_pair,
     check_vocab,
-    choose_splits,
     fake_result,
-    head_sum_dtype,
+    readable,
+)
+from tessera_kernels.triton._loss_plans import (
+    LossConfig,
+    choose_splits,
     padded_columns,
     pieces,
     plan_chunks,
     plan_columns,
-    product,
-    readable,
-    slopes_within,
-    unit_of,
 )
 from tessera_shared.errors import KernelError
 
@@ -322,8 +322,11 @@ def _in_tiles(
     numbers: tuple[float, ...], budget: int, cut: LossConfig, options: dict[str, Any],
 ) -> None:  # fmt: skip
     (hidden, head), (labels, exact, losses, unit) = student, rows_of
+    if _wants_sums(cut, hidden, head) and tiles.reads(*student, *teacher):
+        in_tiles(student, teacher, rows_of, sums, write, numbers, budget, options)
+        return
     (num_rows, _), vocab = hidden.shape, head.shape[0]
-    columns = plan_columns(num_rows, vocab, models=2, state=STATE_BYTES, budget=budget)
+    columns = plan_columns(num_rows, vocab, id_bytes=8, state=STATE_BYTES, budget=budget)
     options = options | _shape(cut, columns, 2)
     in_sums = {name: value for name, value in options.items() if name != "SHORT"}
     logits = torch.empty(2, num_rows, columns, dtype=torch.float32, device=hidden.device)

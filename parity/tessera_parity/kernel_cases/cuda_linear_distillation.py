@@ -7,7 +7,7 @@ from hypothesis.strategies import SearchStrategy
 
 from tessera_kernels.cuda.linear_distillation import CONFIGS, linear_distillation
 from tessera_kernels.triton._divergence_series import DIVERGENCES
-from tessera_kernels.triton._linear_loss import LossConfig
+from tessera_kernels.triton._loss_plans import LossConfig
 from tessera_parity.kernel_cases.case import dtypes, layouts, seeds, sizes, value_kinds
 from tessera_parity.kernel_cases.linear_distillation import OP as TRITON
 from tessera_parity.kernel_cases.linear_distillation import Case, run

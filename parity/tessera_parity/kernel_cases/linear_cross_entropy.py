@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tessera_kernels.reference import linear_cross_entropy as plain
 from tessera_kernels.triton import linear_cross_entropy as fused
-from tessera_kernels.triton._linear_loss import COLUMN_MULTIPLE, MODES, LossConfig, padded_columns
+from tessera_kernels.triton._linear_loss import MODES
+from tessera_kernels.triton._loss_plans import COLUMN_MULTIPLE, LossConfig, padded_columns
 from tessera_parity.kernel_cases.case import (
     KernelOp,
     Tensors,
@@ -26,10 +27,11 @@ from tessera_parity.kernel_cases.case import (
 from tessera_parity.loading import Patch
 
 KERNELS = "tessera_kernels/triton/_cross_entropy_rows.py"
-SHARED = "tessera_kernels/triton/_linear_loss.py"
+SHARED = "tessera_kernels/triton/_gradient_sums.py"
 LABELS = "tessera_kernels/triton/_label_logits.py"
 MATH = "tessera_kernels/triton/_row_math.py"
 TILES = "tessera_kernels/triton/_logit_tiles.py"
+STRIPES = "tessera_kernels/triton/_cross_entropy_tiles.py"
 SMALL_BLOCKS = LossConfig(block=32, num_warps=1, stages=1)
 TILED = LossConfig(product=2)
 
@@ -211,6 +213,9 @@ OP = KernelOp(
         Case(rows=8, dtype="bfloat16", chunk_rows=4, accumulate="head", layout="offset1", frozen="hidden"),
         Case(rows=300, width=64, vocab=5003, dtype="bfloat16", chunk_rows=128, padding=5),
         Case(rows=140, width=72, vocab=260, dtype="bfloat16", padding=5, config=TILED),
+        Case(rows=9, width=40, vocab=2300, dtype="bfloat16", mode="no_logits", chunk_rows=1, z_loss=1e-2, padding=5, config=TILED),
+        Case(rows=131, width=16, vocab=300, dtype="float16", mode="no_logits", chunk_rows=2, softcap=5.0, config=TILED),
+        Case(rows=3, width=24, vocab=1, dtype="bfloat16", mode="no_logits", config=TILED),
     ),
     bug_cases=(
         Case(dtype="bfloat16", rows=7, vocab=70, chunk_rows=3, ignored=0.0, config=SMALL_BLOCKS),
@@ -219,6 +224,8 @@ OP = KernelOp(
         Case(dtype="bfloat16", rows=5, vocab=199, mode="no_logits", chunk_rows=2, ignored=0.0, config=SMALL_BLOCKS),
         Case(dtype="bfloat16", rows=5, vocab=300, ignored=0.0, config=TILED),
         Case(dtype="bfloat16", rows=5, vocab=3, ignored=0.0, config=TILED),
+        Case(dtype="bfloat16", rows=9, vocab=3, mode="no_logits", ignored=0.0, config=TILED),
+        Case(dtype="bfloat16", seed=2, rows=5, vocab=2300, mode="no_logits", chunk_rows=1, ignored=0.5, config=TILED),
     ),
     bugs=(
         _bug(KERNELS, "rests, moments = rests * fade, moments * fade", "moments = moments * fade"),  # missing rescale
@@ -239,6 +246,12 @@ OP = KernelOp(
         _bug(TILES, "rest = tl.sum(fall * tl.load(place + step,", "rest = tl.sum(tl.load(place + step,"),
         _bug(TILES, "e * (exp(some_tops - top) * factor)[:, None]", "e * factor"),
         _bug(MATH, "total = rest + exp(-gap)", "total = rest + 1.0"),
+        _bug(STRIPES, "rest = past * rest +", "rest = rest +"),
+        _bug(STRIPES, "fall = exp(others - top)", "fall = exp(top - top)"),
+        _bug(STRIPES, "tl.where(counts, factor, 0.0)", "factor"),
+        _bug(STRIPES, "_slopes(second, ids + half,", "_slopes(second, ids,"),
+        _bug(STRIPES, "sums.room_behind(ids.stop) if in_head", "sums.room_behind(0) if in_head"),  # over finished gradients
+        _bug(STRIPES, "head[ids], slopes, labels - ids.start", "head[ids], slopes, labels"),
     ),
 )  # fmt: skip
 """The linear cross-entropy's cases."""

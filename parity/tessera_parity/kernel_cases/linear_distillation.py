@@ -12,8 +12,9 @@ from torch import Tensor
 from tessera_kernels.reference import linear_distillation as plain
 from tessera_kernels.triton import linear_distillation as fused
 from tessera_kernels.triton._divergence_series import DIVERGENCES
-from tessera_kernels.triton._linear_loss import COLUMN_MULTIPLE, MODES, LossConfig, padded_columns
-from tessera_parity.kernel_budget import finer
+from tessera_kernels.triton._linear_loss import MODES
+from tessera_kernels.triton._loss_plans import COLUMN_MULTIPLE, LossConfig, padded_columns
+from tessera_parity.kernel_budget import finer, roundoff
 from tessera_parity.kernel_cases.case import (
     KernelOp,
     Tensors,
@@ -32,6 +33,7 @@ ROWS = "tessera_kernels/triton/_divergence_rows.py"
 MATH = "tessera_kernels/triton/_row_math.py"
 SERIES = "tessera_kernels/triton/_divergence_series.py"
 TILES = "tessera_kernels/triton/_logit_tiles.py"
+STRIPES = "tessera_kernels/triton/_divergence_tiles.py"
 SMALL_BLOCKS = LossConfig(block=32, num_warps=1, stages=1)
 TILED = LossConfig(block=32, num_warps=1, stages=1, product=2)
 """The product with sums in its epilogue, where the widths are multiples of 8 and the dtype is half a float32."""
@@ -157,7 +159,8 @@ def _magnitudes(case: Case, given: Tensors) -> dict[str, float]:
     """Return the sizes of the terms behind loss and gradients: logits, and slopes, which add up to nothing over a row.
 
     A slope also has the error of its logits, which are kept in float32, times its probability: in a half dtype as much
-    less than its own rounding as float32 is finer.
+    less than its own rounding as float32 is finer. The loss of half numbers feels half the square of that error, sqrt(width)
+    u32 of the logit's terms: where both models are the same one, and their logits come from two kernels, nothing else is left.
     """
     student, head = given["student"].double(), given["head"][: case.vocab].double()
     teacher, teacher_head = given["teacher"].double(), given["teacher head"].double()
@@ -178,8 +181,8 @@ def _magnitudes(case: Case, given: Tensors) -> dict[str, float]:
     found = {}
     q = torch.softmax(logits / case.temperature, -1) + torch.softmax(theirs / case.temperature, -1)
     slopes = slopes + finer(getattr(torch, case.dtype)) * scale * size_X1 * (q + torch.softmax(logits, -1))
-    if case.dtype == "float32":
-        found["loss"] = float(scale * size_X1.sum())
+    felt_X1 = 0.5 * roundoff(torch.float32) * (student.shape[1] + case.wider) * (scale * size_X1) ** 2
+    found["loss"] = float((scale * size_X1 if case.dtype == "float32" else felt_X1).sum())
     factor = given["cotangent"].double().abs()
     found["grad student"] = float((factor * slopes @ head.abs()).max())
     found["grad head"] = float((factor * slopes.T @ student.abs()).max())
@@ -187,6 +190,7 @@ def _magnitudes(case: Case, given: Tensors) -> dict[str, float]:
 
 
 _SUMMED = Case(dtype="bfloat16", wider=8, rows=9, vocab=597, config=TILED)
+_STRIPED = replace(_SUMMED, width=64, mode="no_logits", chunk_rows=1)  # stripes, the first within d head
 _LONG = LossConfig(product=2)  # blocks as for a GPU: few rows of few blocks keep the interpreter longer
 _NEAR_BF16 = Case(dtype="bfloat16", near=True, rows=5, vocab=70, config=SMALL_BLOCKS, ignored=0.0)
 
@@ -224,14 +228,20 @@ OP = KernelOp(
         replace(_SUMMED, divergence="skew_kl", label_weight=0.3, z_loss=1e-2, temperature=0.7, padding=7, weight=1e-6),
         replace(_SUMMED, divergence="skew_reverse_kl", dtype="float16", temperature=2.5, label_weight=1.0, frozen="student"),
         replace(_SUMMED, divergence="forward_kl", near=True, label_weight=0.3, vocab=1024, rows=130, layout="sliced", config=_LONG),
+        replace(_STRIPED, label_weight=0.3, z_loss=1e-2, temperature=0.7, padding=7, dtype="float16"),
+        replace(_STRIPED, divergence="reverse_kl", rows=131, width=16, vocab=300, near=True, wider=0),
+        replace(_STRIPED, divergence="reverse_kl", label_weight=1.0, temperature=2.5, frozen="head", rows=3),
+        replace(_STRIPED, vocab=1, rows=3),
     ),
     bug_cases=(
         Case(divergence="generalized_jsd", rows=3, vocab=70, config=SMALL_BLOCKS, ignored=0.0),
         Case(divergence="skew_kl", seed=5, rows=6, vocab=70, temperature=2.5, label_weight=0.3, config=SMALL_BLOCKS, ignored=0.0),
         Case(divergence="reverse_kl", rows=3, vocab=130, mode="no_logits", chunk_rows=1, config=SMALL_BLOCKS, ignored=0.0),
         _NEAR_BF16,
-        replace(_SUMMED, divergence="generalized_jsd", temperature=2.5, label_weight=0.3, ignored=0.0),
+        replace(_STRIPED, vocab=5, label_weight=0.3, temperature=2.5, rows=5, ignored=0.0),
+        replace(_STRIPED, divergence="reverse_kl", seed=7, rows=5, vocab=1200),  # a row's maximum in the ninth tile
         replace(_SUMMED, vocab=5, label_weight=1.0, ignored=0.0),
+        replace(_SUMMED, divergence="generalized_jsd", temperature=2.5, label_weight=0.3, rows=3, vocab=300, ignored=0.0),
     ),
     bugs=(
         _bug(ROWS, "* moves + change * masses", "* moves"),  # missing rescale
@@ -249,6 +259,14 @@ OP = KernelOp(
         _bug(TILES, "logits.store([row, column + quarter], b)", "logits.store([row, column], b)"),
         _bug(ROWS, "loss += share if first_id == 0 else soft_weight * divergence", "loss = share"),  # lost tiles
         _bug(ROWS, "means = s_fall * (means + tl.where(masses == 0.0, 0.0, turn * masses))", "means = s_fall * means"),
+        _bug(STRIPES, "mass = past * mass +", "mass = mass +"),
+        _bug(STRIPES, "mean = past * (mean + (their_rise - rise) * scale * mass)", "mean = past * mean"),
+        _bug(STRIPES, "(b_mean + b_fall * b_own)", "b_mean"),
+        _bug(STRIPES, "q * (slope - slope_sum[:, None])", "q * slope"),
+        _bug(STRIPES, "before + ((term_a + term_b)", "((term_a + term_b)"),  # lost stripes
+        _bug(STRIPES, "counts & (ids < left)", "counts"),
+        _bug(STRIPES, "exp(below) if COLD else e)", "e)"),
+        _bug(STRIPES, "sums.room_behind(ids.stop).view(torch.uint8)", "sums.room_behind(0).view(torch.uint8)"),
         _bug(SERIES, "return _sum((weight, teacher), (weight - 1.0, mixture)), _sum((weight - 1.0, mixture))",
               "return _sum((weight, teacher), (weight - 1.0, mixture)), _sum((weight, mixture))"),
     ),
