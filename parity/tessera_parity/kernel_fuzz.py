@@ -221,7 +221,7 @@ def _noticed(name: str, patch: Patch, *, device: str, seed: int, seconds: float)
     now = clock_of(device)
     clock = now()
     with planted(name, patch) as op:
-        for case in op.bug_cases or op.examples:
+        for case in op.cases_for(patch):
             if now() - clock > seconds:
                 return ""
             if by := _broken(op, case, device):

@@ -7,7 +7,7 @@ is NaN (or the dtype's least integer): a read that leaves the tensor poisons the
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -79,10 +79,16 @@ class KernelOp:
     """Bugs that are planted on a CPU alone, where the interpreter and the emulator show them: at a missing wait a GPU hangs,
     faults, or is right by its timing, and it has a program for every tile of a small case."""
     bug_cases: tuple[Any, ...] = ()  # small cases that the bugs must be caught by; default: `examples`
+    bug_cases_of: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Cases that come before these for the bugs of a file: those that run its code, where most others do not."""
 
     def bugs_on(self, device: str) -> tuple[Patch, ...]:
         """Return the bugs that are planted on a device."""
         return self.bugs + (self.cpu_bugs if device == "cpu" else ())
+
+    def cases_for(self, bug: Patch) -> tuple[Any, ...]:
+        """Return the cases that a bug must be caught by, in the order in which they are tried."""
+        return (*self.bug_cases_of.get(bug.file, ()), *(self.bug_cases or self.examples))
 
     def __post_init__(self) -> None:
         if bool(self.row_independent) != bool(self.row_inputs):
