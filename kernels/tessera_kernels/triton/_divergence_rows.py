@@ -148,9 +148,11 @@ def _log_mixture(r, weight):
 def term_and_slope(p, q, r, weight, f2, f3, f4, f5, f6, f7, f8, f9, g1, g2, g3, g4, g5, g6, g7, g8, KIND: tl.constexpr):
     """Return q F(r) and G(r) of each id, q G(r) of forward KL. What is left unused costs nothing: the compiler drops it."""
     near = tl.abs(r) < SERIES_BELOW
+    tail = g2 + r * (g3 + r * (g4 + r * (g5 + r * (g6 + r * (g7 + r * g8)))))
+    g = g1 + r * tail
     f = f2 + r * (f3 + r * (f4 + r * (f5 + r * (f6 + r * (f7 + r * (f8 + r * f9))))))
-    g = g1 + r * (g2 + r * (g3 + r * (g4 + r * (g5 + r * (g6 + r * (g7 + r * g8))))))
     if KIND == FORWARD:
+        f = 1.0 + tail * (1.0 - r)  # of G's series alone: F = (e^r - 1) (r - 1) + r, and G = 1 - e^r
         term, slope = p * r - p + q, q - p
     elif KIND == REVERSE:
         term, slope = p - q - q * r, -r
