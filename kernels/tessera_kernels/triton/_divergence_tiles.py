@@ -353,9 +353,11 @@ def in_tiles(
     num_rows, vocab = len(hidden), len(head)
     ignore_index, inv_tau, weight, soft_weight, label_weight, z_loss, *series = numbers
     kinds = {"KIND": options["KIND"], "HARD": options["HARD"]}
-    tiles_at_most = triton.cdiv(budget, 6 * num_rows * READING.columns)
     cell = 4 + hidden.element_size() * write
-    columns = plan_columns(num_rows, vocab, id_bytes=cell, state=STATE_BYTES + 4 * tiles_at_most, budget=budget)
+    row_bytes = sums.room_behind(vocab - 1).nbytes
+    widest = max(budget // (cell * num_rows), vocab * row_bytes // (cell * num_rows + row_bytes))
+    terms_bytes = 4 * triton.cdiv(min(widest, vocab), READING.columns)
+    columns = plan_columns(num_rows, vocab, id_bytes=cell, state=STATE_BYTES + terms_bytes, budget=budget)
     state = torch.zeros(STATE, num_rows, dtype=torch.float32, device=hidden.device)
     _first_pass(student, teacher, labels, state, sums, inv_tau, budget, options)
     _finish_state[(triton.cdiv(num_rows, 32),)](
@@ -384,8 +386,10 @@ def _first_pass(
         free = min(room.nbytes // (4 * num_rows), columns) // cut.columns * cut.columns
         columns = max(most // cut.columns * cut.columns or most, free)
         line = min(columns, padded_columns(vocab))
-        place = room.view(torch.float32) if free == columns else hidden.new_empty(num_rows * line, dtype=torch.float32)
-        theirs = place[: num_rows * line].view(num_rows, line)
+        place = (
+            room if free == columns else torch.empty(2 * num_rows * line, dtype=torch.bfloat16, device=hidden.device)
+        )
+        theirs = place[: 2 * num_rows * line].view(torch.float32).view(num_rows, line)
     for ids in pieces(vocab, columns):
         width = ids.stop - ids.start
         blocks = triton.cdiv(width, cut.columns)
