@@ -14,8 +14,10 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
@@ -62,17 +64,19 @@ def main() -> int:
     report = options.out / f"{day}_parity_{slug}.md"
     began, parts = time.perf_counter(), []
     calibrations, jobs = plan(options)
-    pool = ThreadPoolExecutor(options.at_once)
+    pool, started = ThreadPoolExecutor(options.at_once), []
     try:
         for batch in (*([one] for one in calibrations), jobs):  # runs read what calibration leaves
-            running = [pool.submit(part, name, words, options.out / f"{day}_{slug}_{name}") for name, words in batch]
+            running = [pool.submit(part, name, words, f"{day}_{slug}_{name}", started) for name, words in batch]
             for done in as_completed(running):
                 parts.append(done.result())
                 seconds = time.perf_counter() - began
                 report.write_text(written(gpu, parts, options.at_once, seconds), encoding="utf-8")
     except KeyboardInterrupt:
-        pool.shutdown(wait=False, cancel_futures=True)  # the parts got the signal too, and end by themselves
-        print(f"interrupted; {len(parts)} parts are in {report}", file=sys.stderr)
+        pool.shutdown(wait=False, cancel_futures=True)
+        end(started)
+        kept = f"{len(parts)} parts are in {report}" if parts else "no part had ended"
+        print(f"interrupted; {kept}", file=sys.stderr)
         return 130
     print(report.read_text(encoding="utf-8"))
     return max(result["exit"] for result in parts)
@@ -106,10 +110,24 @@ def _slug(shape: str) -> str:
     return shape.replace(".", "-")
 
 
-def part(name: str, arguments: list[str], folder: Path) -> dict[str, object]:
-    """Run one `parity` command line; keep its exit code, seconds and the lines that it printed."""
+GRACE = 10
+"""Seconds in which an interrupted part may end by itself: a terminal's Ctrl-C reaches it too."""
+
+
+def end(started: list[subprocess.Popen[str]]) -> None:
+    """Wait for the parts that were interrupted with this process; interrupt those that were not."""
+    until = time.monotonic() + GRACE
+    for process in started:
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+
+
+def part(name: str, arguments: list[str], folder: str, started: list[subprocess.Popen[str]]) -> dict[str, object]:
+    """Run one `parity` command line, noted in `started`; keep its exit code, seconds and the lines that it printed."""
     command = [sys.executable, "-m", "tessera_parity", *arguments]
-    scratch = Path(os.environ.get("TMPDIR", "/tmp")) / folder.name
+    scratch = Path(tempfile.mkdtemp(prefix=f"{folder}_")) / "run"  # a second run of the day has its own
     if arguments[0] == "run":
         command += ["--report", str(scratch)]
     environment = os.environ | {
@@ -120,15 +138,19 @@ def part(name: str, arguments: list[str], folder: Path) -> dict[str, object]:
     }
     print(f"== {name}: parity {' '.join(arguments)}", flush=True)
     clock = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
-    seconds = time.perf_counter() - clock
-    print(done.stdout[-6000:], done.stderr[-3000:], f"exit {done.returncode}, {seconds:.0f} s", sep="\n", flush=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    started.append(process)
+    out, errors = process.communicate()
+    code, seconds = process.returncode, time.perf_counter() - clock
+    print(out[-6000:], errors[-3000:], f"{name}: exit {code}, {seconds:.0f} s", sep="\n", flush=True)
     return {
         "name": name,
         "command": "parity " + " ".join(arguments),
-        "exit": done.returncode,
+        "exit": code,
         "seconds": seconds,
-        "printed": (done.stdout if done.returncode in (0, 1, 3) else done.stderr).strip(),
+        "printed": (out if code in (0, 1, 3) else errors).strip(),
         "largest": largest(scratch / "result.json"),
     }
 
