@@ -430,8 +430,9 @@ def _second_pass(
         room = sums.room_behind(ids.stop).view(torch.uint8) if in_head else own
         cut = 4 * num_rows * line
         theirs = room[:cut].view(torch.float32).view(num_rows, line)[:, :width]
-        slopes = room[cut : cut + hidden.element_size() * num_rows * line].view(hidden.dtype) if write else hidden
-        slopes = slopes.view(num_rows, -1)[:, :width] if write else theirs
+        slopes = theirs  # of which nothing is written without a need for gradients
+        if write:
+            slopes = room[cut : id_bytes * line].view(hidden.dtype).view(num_rows, line)[:, :width]
         product(teacher[0], teacher[1][ids].T, theirs)
         grid, flags = READING.launch(num_rows, width, hidden)
         _slope_tiles[(grid,)](

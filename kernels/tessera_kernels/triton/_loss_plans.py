@@ -120,9 +120,9 @@ class Stripe(NamedTuple):
 def plan_stripes(vocab: int, columns: int, *, id_bytes: int, row_bytes: int) -> Iterator[Stripe]:
     """Yield stripes that cover the vocabulary: of `columns` ids, or of more where d head's rows behind them have room.
 
-    An id takes `id_bytes` for all rows together, a row of d head `row_bytes` (0 without d head). d head is twice to four
-    times wider than a stripe for few large products would be, so the first stripes take a fifth of what is left, or a
-    thirteenth; each costs a reading and a writing of d hidden.
+    An id takes `id_bytes` for all rows together, a row of d head `row_bytes` (0 without d head): a stripe lies in the rows
+    behind it when it is at most row_bytes / (id_bytes + row_bytes) of what is left. Few stripes are worth having, because
+    each reads and writes d hidden.
     """
     start = 0
     while start < vocab:
