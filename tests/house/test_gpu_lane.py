@@ -86,14 +86,20 @@ def test_a_calibration_ends_before_what_reads_it_begins(
 def test_an_interrupt_ends_the_parts_that_did_not_hear_it(lane: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lane, "GRACE", 0.2)
     heard = subprocess.Popen([sys.executable, "-c", "pass"])
-    deaf = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], preexec_fn=hear_ctrl_c)
-    lane.end([heard, deaf])
-    assert (heard.wait(20), deaf.wait(20)) == (0, -signal.SIGINT)
+    deaf = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True)
+    with deaf:
+        assert deaf.stdout is not None
+        assert deaf.stdout.readline() == "ready\n"
+        lane.end([heard, deaf])
+        assert (heard.wait(20), deaf.wait(20)) == (0, -signal.SIGINT)
 
 
-def hear_ctrl_c() -> None:
-    """End by SIGINT at once, whatever this process does with it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+DEAF = """
+import signal, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever started the tests may have SIGINT ignored
+print("ready", flush=True)
+time.sleep(60)
+"""
 
 
 def test_no_parts_at_a_time_is_one_line(
