@@ -16,15 +16,8 @@ from harness import Function, Row
 from sweeping import Sweep
 from torch import Tensor
 
-from tessera_kernels.cuda.flash_attention import (
-    CONFIGS,
-    CudaConfig,
-    capability,
-    choose_config,
-    flash_attention,
-    has_backward,
-    padded_width,
-)
+from tessera_kernels.cuda._attention_configs import CONFIGS, CudaConfig, capability, choose_config, padded_width
+from tessera_kernels.cuda.flash_attention import flash_attention, has_backward
 from tessera_kernels.triton import flash_attention as triton
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from tessera_kernels.cuda import _launch
-from tessera_kernels.cuda.flash_attention import choose_config, hopper
+from tessera_kernels.cuda._attention_configs import choose_config
+from tessera_kernels.cuda.flash_attention import hopper
 from tessera_shared.errors import KernelError
 
 class OnGpu(torch.Tensor):  # memory of the CPU, which nothing reads

@@ -13,21 +13,17 @@ pytest.importorskip("cuda.bindings")
 
 from tessera_kernels import cuda
 from tessera_kernels.cuda import flash_attention as kernels
+from tessera_kernels.cuda._attention_configs import CONFIGS, CudaConfig, choose_config, padded_width
+from tessera_kernels.cuda._attention_waves import backward_turns, turns
 from tessera_kernels.cuda._compile import build
 from tessera_kernels.cuda.flash_attention import (
     BACKWARD_ENTRIES,
-    CONFIGS,
-    CudaConfig,
     ampere,
     backward,
-    backward_turns,
-    choose_config,
     flash_attention,
     flash_attention_varlen,
     has_backward,
     hopper,
-    padded_width,
-    turns,
 )
 from tessera_kernels.reference import flash_attention as plain
 from tessera_parity.kernel_budget import kernel_limit

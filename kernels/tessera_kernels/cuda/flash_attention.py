@@ -13,7 +13,7 @@ Reference: `tessera_kernels.reference.flash_attention`.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from tessera_kernels.attention_rule import (
     unit_rows,
 )
 from tessera_kernels.checks import expect_choice
+from tessera_kernels.cuda._attention_configs import CONFIGS, DTYPES, CudaConfig, capability, choose_config, padded_width
+from tessera_kernels.cuda._attention_waves import BACKWARD_QUERIES, backward_turns, turns
 from tessera_kernels.cuda._launch import Int64, Kernel, expect_cuda_device, launch, num_sms, tensor_map
 from tessera_kernels.launching import SHARED_BYTES, graph_op
 from tessera_kernels.triton.flash_attention import Attention, fake_backward, fake_forward
@@ -37,92 +39,15 @@ from tessera_kernels.triton.flash_attention import run_backward as run_triton_ba
 from tessera_kernels.triton.flash_attention_configs import choose_config as choose_backward
 from tessera_shared.errors import KernelError
 
-DTYPES = (torch.bfloat16, torch.float16)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 ENTRY = "flash_attention_forward"
 
-
 BACKWARD_ENTRIES = ("gather_rows", "flash_attention_backward", "finish_queries")
-BACKWARD_QUERIES = 64
 BACKWARD_STAGES = 2
 BACKWARD_BYTES = 2 * 128 * 128 * 2 + 2 * BACKWARD_STAGES * 64 * 128 * 2 + 2 * 128 * 64 * 2 + 64 * 128 * 4 + 3072
 """Shared memory of the backward: K, V, the rings, dS twice, dQ, and the rows' numbers with the barriers."""
 
 _STARTS = Tensor | None
-
-
-class CudaConfig(NamedTuple):
-    """How the forward is cut up. Integers only: it travels through a custom op's schema."""
-
-    arch: int  # 90: flash_attention_sm90.cu, 80: flash_attention_sm80.cu
-    groups: int  # 90: consumer warpgroups of 64 queries; 80: warps of 16 queries
-    block_n: int  # keys of a tile
-    stages: int  # 90: tiles of K and of V in flight; 80: always 2
-    width: int = 0  # 0 = any; else the padded head width that it is for
-    overlap: int = 2  # 90, backward: what runs beside products (see the source)
-
-    @property
-    def block_m(self) -> int:
-        """Queries of a tile."""
-        return self.groups * (64 if self.arch == 90 else 16)
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block; on Hopper one warpgroup only copies."""
-        return 128 * (self.groups + 1) if self.arch == 90 else 32 * self.groups
-
-    def shared_bytes(self, padded: int) -> int:
-        """Shared memory of a block: `struct Tiles` of the source, its barriers included."""
-        return self._bytes(padded, self.query_stages(padded))
-
-    def query_stages(self, padded: int) -> int:
-        """Tiles of Q in shared memory: on Hopper two where they fit, so that the next one's copy hides."""
-        return 2 if self.arch == 90 and self._bytes(padded, 2) <= SHARED_BYTES else 1
-
-    def _bytes(self, padded: int, query_stages: int) -> int:
-        tiles = 2 * padded * (self.block_m * query_stages + 2 * self.block_n * self.stages)
-        return tiles + (1024 if self.arch == 90 else 0)
-
-
-CONFIGS: tuple[CudaConfig, ...] = (
-    CudaConfig(90, 3, 128, 2, 64),
-    CudaConfig(90, 3, 128, 4, 64),
-    CudaConfig(90, 2, 192, 2, 64),
-    CudaConfig(90, 2, 128, 4, 64),
-    CudaConfig(90, 2, 128, 2, 128),
-    CudaConfig(90, 2, 128, 2, 128, overlap=1),
-    CudaConfig(90, 3, 64, 3, 128),
-    CudaConfig(90, 2, 64, 4, 128),
-    CudaConfig(90, 2, 80, 2, 256),
-    CudaConfig(90, 2, 64, 2, 256),
-    CudaConfig(80, 4, 64, 2),
-    CudaConfig(80, 8, 64, 2),
-    CudaConfig(80, 4, 32, 2),
-)
-"""Every configuration that the GPU lane runs; `choose_config` picks for a width and a GPU."""
-
-
-def choose_config(width: int, arch: int) -> CudaConfig:
-    """Return the forward's configuration for a head width on a GPU of compute capability `arch` / 10."""
-    padded = padded_width(width)
-    if arch != 90:
-        return CudaConfig(80, 4, 64 if padded < 256 else 32, 2)
-    return {64: CudaConfig(90, 3, 128, 2, 64), 128: CudaConfig(90, 2, 128, 2, 128)}.get(
-        padded, CudaConfig(90, 2, 64, 2, 256)
-    )
-
-
-def capability(device: torch.device) -> int:
-    """Return ten times the compute capability: 90 on Hopper, and in the emulator, which knows both."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def padded_width(width: int) -> int:
-    """Return the columns of a head in shared memory."""
-    return 64 if width <= 64 else 128 if width <= 128 else 256
 
 
 def flash_attention(
@@ -268,40 +193,6 @@ def _run_forward(
         arguments = [q, k, v, *made, *starts, *strides, *sizes, *numbers]
         launch(ampere(q.dtype, padded, cfg), grid=(count, 1, 1), arguments=arguments, **where)
     return made
-
-
-@functools.lru_cache(maxsize=256)
-def turns(sizes: tuple[int, ...], block_m: int, block_n: int, across: int) -> bool:
-    """Do `across` blocks end sooner when every other wave of a dense forward's tiles runs backwards?
-
-    `sizes` as `_problem` has them.
-    """
-    sequences, queries, keys, heads, _, section, blocks, before, after = sizes
-    first = torch.arange(blocks - 1, -1, -1, device="cpu") * block_m + keys - queries  # key positions of first queries
-    last = (first + block_m).clamp(max=keys) - 1
-    low = (first - before).clamp(min=0) // block_n * block_n
-    return _turns((last + after + 1).clamp(0, keys) - low, block_n, sequences * heads, section, across)
-
-
-@functools.lru_cache(maxsize=256)
-def backward_turns(sizes: tuple[int, ...], across: int) -> bool:
-    """As `turns`, of the backward's tiles of 128 keys and the queries that see them."""
-    sequences, queries, keys, heads, group, section, _, before, after = sizes
-    first = torch.arange(0, keys, 128, device="cpu") - (keys - queries)  # where the first key stands among queries
-    low = (first - after).clamp(min=0) // BACKWARD_QUERIES * BACKWARD_QUERIES
-    high = ((first + 128).clamp(max=queries) + before).clamp(0, queries)
-    return _turns((high - low) * group, BACKWARD_QUERIES, sequences * heads // group, section, across)
-
-
-def _turns(work: Tensor, step: int, lanes: int, section: int, across: int) -> bool:
-    """`work` of a head's tiles as they are taken; a block's time is its steps, and one more for each tile."""
-    cost = (work.clamp(min=0) + step - 1) // step + 1
-    whole, rest = divmod(lanes, section)
-    costs = torch.cat([cost.repeat_interleave(section).repeat(whole), cost.repeat_interleave(rest)])
-    waves = torch.nn.functional.pad(costs, (0, -len(costs) % across)).view(-1, across)
-    straight = waves.sum(0).max()
-    waves[1::2] = waves[1::2].flip(1)
-    return bool(waves.sum(0).max() < straight)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """RMSNorm in CUDA C++, forward and backward, with and without the residual add before it.
 
-Equation, tile picture and what lives where stand at the top of `rms_norm.cu`. Reference:
+Equation, tile picture and what lives where stand at the top of `rms_norm.cu` and `rms_norm_backward.cu`. Reference:
 `tessera_kernels.reference.rms_norm`; same functions, rounding and gradients as `tessera_kernels.triton.rms_norm`.
 """
 
@@ -262,12 +262,13 @@ def _kernel(
     is_wide: bool,
 ) -> Kernel:  # fmt: skip
     flags: dict[str, str | int] = {
-        direction.upper(): 1, "NUMBER": NAMES[dtype], "HELD": held, "ADD": int(add), "GAIN_AFTER_CAST": int(after_cast),
+        "NUMBER": NAMES[dtype], "HELD": held, "ADD": int(add), "GAIN_AFTER_CAST": int(after_cast),
         "ALIGNED": int(is_aligned), "WIDE": int(is_wide), "STAGES": stages,
     }  # fmt: skip
-    return Kernel("rms_norm.cu", f"rms_norm_{direction}", tuple(flags.items()))
+    file = "rms_norm.cu" if direction == "forward" else "rms_norm_backward.cu"
+    return Kernel(file, f"rms_norm_{direction}", tuple(flags.items()))
 
 
 @functools.cache
 def _sum_kernel(dtype: torch.dtype) -> Kernel:
-    return Kernel("rms_norm.cu", "rms_norm_sum_partials", (("SUM_PARTIALS", 1), ("NUMBER", NAMES[dtype])))
+    return Kernel("rms_norm_sum_partials.cu", "rms_norm_sum_partials", (("NUMBER", NAMES[dtype]),))

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from tessera_kernels.cuda import flash_attention as fused
-from tessera_kernels.cuda.flash_attention import CONFIGS, CudaConfig, choose_config, has_backward
+from tessera_kernels.cuda._attention_configs import CONFIGS, CudaConfig, choose_config
+from tessera_kernels.cuda.flash_attention import has_backward
 from tessera_kernels.reference import flash_attention as plain
 from tessera_parity.kernel_cases.case import dtypes
 from tessera_parity.kernel_cases.flash_attention import OP as DENSE

@@ -12,8 +12,8 @@ SMALL_TILES = NormConfig(RowConfig(1, 32, 64, 1, 0), RowConfig(1, 64, 128, 1, 2)
 """Lets the emulator see persistent blocks, rows of two warps and rows of several spans at small sizes."""
 
 
-def _bug(find: str, replace_by: str) -> Patch:
-    return Patch(file="tessera_kernels/cuda/rms_norm.cu", find=find, replace=replace_by)
+def _bug(file: str, find: str, replace_by: str) -> Patch:
+    return Patch(file=f"tessera_kernels/cuda/{file}", find=find, replace=replace_by)
 
 
 OP = replace(
@@ -45,17 +45,17 @@ OP = replace(
         Case(rows=5, width=99, dtype="bfloat16", gain_after_cast=True),
     ),
     bugs=(
-        _bug("row_sum(squares, sums, round++) * share", "row_sum(squares, sums, round++) / (width + 1)"),
-        _bug(" - number * pull;", ";"),
-        _bug("= row < num_rows ? width : 0;\n        const float", "= row <= num_rows ? width : 0;\n        const float"),
-        _bug("group < groups; ++group", "group < 1; ++group"),
-        _bug("row < num_partials && column", "row < num_partials - 1 && column"),
-        _bug("if (ADD) change[j] = lifted(change[j]) +", "if (ADD) change[j] = change[j] + 0.0f *"),
+        _bug("rms_norm.cu", "row_sum(squares, sums, round++) * share", "row_sum(squares, sums, round++) / (width + 1)"),
+        _bug("rms_norm_backward.cu", " - number * pull;", ";"),
+        _bug("rms_norm_backward.cu", "= row < num_rows ? width : 0;", "= row <= num_rows ? width : 0;"),
+        _bug("rms_norm_backward.cu", "group < groups; ++group", "group < 1; ++group"),
+        _bug("rms_norm_sum_partials.cu", "row < num_partials && column", "row < num_partials - 1 && column"),
+        _bug("rms_norm_backward.cu", "if (ADD) change[j] = lifted(change[j]) +", "if (ADD) change[j] = change[j] + 0.0f *"),
     ),
     cpu_bugs=(
-        _bug("    sync_some(1 + threadIdx.y, threads);\n", ""),
-        _bug("copy_wait<STAGES - 1>();", "copy_wait<STAGES>();"),
-        _bug("(round > 0 ? own[own_column] : 0.0f) + flow", "flow"),
-        _bug("    sync_row();  // what the passage held has been read\n", ""),
+        _bug("norm_rows.cuh", "    sync_some(1 + threadIdx.y, threads);\n", ""),
+        _bug("rms_norm_backward.cu", "copy_wait<STAGES - 1>();", "copy_wait<STAGES>();"),
+        _bug("rms_norm_backward.cu", "(round > 0 ? own[own_column] : 0.0f) + flow", "flow"),
+        _bug("norm_rows.cuh", "    sync_row();  // what the passage held has been read\n", ""),
     ),
 )  # fmt: skip
