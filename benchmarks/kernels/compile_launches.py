@@ -274,17 +274,20 @@ def _linear_distillation() -> Iterator[Launch]:
 
     from tessera_kernels.triton import linear_distillation as op
 
-    def loss(config: Any, divergence: str, mode: str) -> None:
+    def loss(config: Any, divergence: str, mode: str, mix: dict[str, float]) -> None:
         leaves = [empty(bench.ROWS, bench.WIDTH, grad=True), empty(bench.VOCAB, bench.WIDTH, grad=True)]
         teacher = empty(bench.ROWS, bench.TEACHER), empty(bench.VOCAB, bench.TEACHER)
         labels = _ints(bench.ROWS, dtype=torch.int64)
         how = {"divergence": divergence, "mode": mode, "config": config}
-        _backward(op.linear_distillation(*leaves, *teacher, labels, **how)[0], leaves)
+        _backward(op.linear_distillation(*leaves, *teacher, labels, **how, **mix)[0], leaves)
+
+    mixes: dict[str, dict[str, float]] = {"": {}, " labels 0.3": {"label_weight": 0.3, "temperature": 2.0}}
 
     for divergence in bench.DIVERGENCES:
         for mode in ("chunked", "no_logits") if divergence in ("forward_kl", "reverse_kl") else ("chunked",):
-            name = f"{divergence} {mode} {bench.ROWS} x ({bench.WIDTH}, {bench.TEACHER}) x {bench.VOCAB}"
-            yield Launch("linear_distillation", name, _at(loss, divergence, mode), op.CONFIGS)
+            for also, mix in mixes.items():
+                name = f"{divergence}{also} {mode} {bench.ROWS} x ({bench.WIDTH}, {bench.TEACHER}) x {bench.VOCAB}"
+                yield Launch("linear_distillation", name, _at(loss, divergence, mode, mix), op.CONFIGS)
 
 
 def _adamw() -> Iterator[Launch]:

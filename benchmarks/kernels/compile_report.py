@@ -41,6 +41,8 @@ def main() -> int:
     bad = [one for one in recorder.found if one.code.problems]
     print(f"{len(recorder.found)} kernels, {len(bad)} with a problem, {len(failed)} left out, "
           f"{time.perf_counter() - clock:.0f} s")  # fmt: skip
+    if options.same_as:
+        _compare(recorder.found, options.same_as)
     if not recorder.found:
         print("no kernel was compiled: expected at least one; try without --kernel and --shape", file=sys.stderr)
         return 2
@@ -57,6 +59,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kernel", default="", help="only kernels whose name has this in it")
     parser.add_argument("--shape", default="", help="only shapes whose line has this in it")
     parser.add_argument("--sass", type=Path, help="write each kernel's disassembly into this folder")
+    parser.add_argument(
+        "--same-as",
+        type=Path,
+        metavar="DIR",
+        help="say which kernels are not what --sass wrote into this folder before",
+    )
     parser.add_argument(
         "--trace", action="store_true", help="print the order of each main loop: products, waits, copies"
     )
@@ -80,6 +88,11 @@ def _options() -> argparse.Namespace:
         )
     if options.sass and options.sass.exists() and not options.sass.is_dir():
         sys.exit(f"sass = {options.sass}: expected a folder, because each kernel is a file in it; try another name")
+    if options.same_as and not any(options.same_as.glob("*.sass")):
+        sys.exit(
+            f"same_as = {options.same_as}: expected a folder that --sass wrote, because kernels are compared with those; "
+            "try --sass on the commit before"
+        )
     if options.config not in ("", "all") and not options.config.isdigit():
         sys.exit(f"config = {options.config!r}: expected a number or all, because it is a place in CONFIGS")
     return options
@@ -146,14 +159,32 @@ def _width(name: str) -> int:
 
 
 def _write_sass(one: Any, folder: Path, number: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{number:03d}_{one.kernel}.sass").write_text(_listing(one), encoding="utf-8")
+
+
+def _listing(one: Any) -> str:
+    """Return what a kernel is for, in two lines, and its disassembly."""
     from compile_launches import TOOLS
     from compiled_code import sass_of
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{number:03d}_{one.kernel}.sass"
-    path.write_text(
-        f"{one.op} {one.shape} {one.config}\n{one.constants}\n{sass_of(one.sass(), TOOLS)}", encoding="utf-8"
-    )
+    return f"{one.op} {one.shape} {one.config}\n{one.constants}\n{sass_of(one.sass(), TOOLS)}"
+
+
+def _compare(found: list[Any], folder: Path) -> None:
+    """Print how many kernels are, instruction for instruction, what another commit wrote; name the others."""
+    from compiled_code import encoded
+
+    before: dict[tuple[str, str], list[list[str]]] = {}
+    for path in sorted(folder.glob("*.sass")):
+        shape, constants, *lines = path.read_text(encoding="utf-8").splitlines()
+        before.setdefault((shape, constants), []).append(encoded(lines))
+    other = []
+    for one in found:
+        shape, constants, *lines = _listing(one).splitlines()
+        if encoded(lines) not in before.get((shape, constants), []):
+            other.append(f"  {one.kernel}  {shape}  {constants}")
+    print(f"{len(found) - len(other)} of {len(found)} kernels are what {folder} has", *other, sep="\n")
 
 
 def _plain(config: Any) -> str:

@@ -147,6 +147,11 @@ def disassemble(sass: str) -> Iterator[Instruction]:
             yield Instruction(int(found[1], 16), found[3], operands, guarded)
 
 
+def encoded(lines: Sequence[str]) -> list[str]:
+    """Return a disassembly's instructions and their bits: what two kernels have alike that do the same."""
+    return [re.sub(r"/\*[0-9a-f]+\*/", "", line).strip() for line in lines if "/*" in line]
+
+
 def main_loop(instructions: Sequence[Instruction]) -> list[Instruction]:
     """Return the innermost loop with the most tensor-core products, or the longest one where nothing is multiplied.
 

@@ -209,6 +209,21 @@ def test_a_table_of_an_op_and_exit_code_0() -> None:
 
 
 @needs_assembler
+def test_a_kernel_that_became_other_code_is_named(tmp_path: Path) -> None:
+    """What a commit that only moves code around shows without a GPU; one bit of one instruction is enough."""
+    only = ("--only", "adamw")
+    report(*only, "--sass", str(tmp_path))
+    (path, *_) = listings = sorted(tmp_path.glob("*.sass"))
+    assert f"{len(listings)} of {len(listings)} kernels are what" in report(*only, "--same-as", str(tmp_path)).stdout
+    text = path.read_text(encoding="utf-8")
+    last = re.findall(r"/\* 0x([0-9a-f]{16}) \*/", text)[-1]
+    path.write_text(text.replace(last, f"{int(last, 16) ^ 1:016x}"), encoding="utf-8")
+    said = report(*only, "--same-as", str(tmp_path)).stdout
+    assert f"{len(listings) - 1} of {len(listings)} kernels are what" in said
+    assert said.rstrip().endswith("  ".join(text.splitlines()[:2]))
+
+
+@needs_assembler
 def test_a_kernel_that_spills_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "crowded.py").write_text(SPILLS, encoding="utf-8")
     done = run("-c", COMPILE_SPILLS, path=tmp_path)
@@ -223,6 +238,7 @@ def test_a_kernel_that_spills_is_a_problem(tmp_path: Path) -> None:
         (["--arch", "91"], "arch = 91: expected one of 80, 86"),
         (["--config", "best"], "config = 'best': expected a number or all"),
         (["--only", "rope", "--shape", "nowhere"], "no kernel was compiled"),
+        (["--same-as", str(BENCHES)], "expected a folder that --sass wrote"),
     ],
 )
 def test_a_wrong_word_is_one_line(arguments: list[str], said: str) -> None:

@@ -1,12 +1,14 @@
 """The linear distillation loss on the CPU interpreter: conventions, digits near convergence, traps of its peers."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from tessera_kernels.reference import linear_distillation as plain
+from tessera_kernels.triton import _divergence_tile_kernels
 from tessera_kernels.triton import linear_distillation as fused
 from tessera_kernels.triton._divergence_series import DIVERGENCES, ORDER, coefficients
 from tessera_kernels.triton._loss_plans import LossConfig
@@ -191,6 +193,41 @@ def test_a_label_has_a_product_of_its_own(monkeypatch: pytest.MonkeyPatch, mode:
     older = gradients(plain, logits, torch.eye(V).double(), logits, torch.eye(V).double(), labels, label_weight=1.0)[0]
     assert error(older, truth) > 1e-5
     assert error(ours, truth) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("divergence", "row_bytes"),
+    [("forward_kl", 400), ("reverse_kl", 1500), ("reverse_kl", 700)],
+    ids=["stripes of 3072", "stripes of two tiles", "stripes of half a tile"],
+)
+def test_without_logits_each_labels_product_is_found(
+    monkeypatch: pytest.MonkeyPatch, divergence: str, row_bytes: int
+) -> None:
+    """In every quarter of a tile; a label of the next stripe may lie where this one's last tile is empty.
+
+    What is found only says how much products fall short, and an interpreter's do not: no loss on a CPU tells it apart.
+    """
+    rows, width, vocab, stream = 24, 16, 3400, torch.Generator().manual_seed(3)
+    hidden, head = torch.randn(rows, width, generator=stream), torch.randn(vocab, width, generator=stream)
+    student, teacher = (hidden.bfloat16(), head.bfloat16()), (hidden.bfloat16(), head.flip(0).bfloat16())
+    labels = torch.randperm(vocab, generator=stream)[:rows]
+    labels[:12] = torch.tensor([0, vocab - 1, 3071, 3072, 3105, 3137, 3169, 3264, 63, 64, 255, 256])
+    finish, found = _divergence_tile_kernels.finish_state, []
+
+    class Spy:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            def launch(state: Tensor, *rest: object, **options: object) -> None:
+                found.append(state[7].clone())
+                finish[grid](state, *rest, **options)
+
+            return launch
+
+    monkeypatch.setattr(_divergence_tile_kernels, "finish_state", Spy())
+    options = {"divergence": divergence, "label_weight": 0.3, "mode": "no_logits", "config": OWN}
+    fused.linear_distillation(*student, *teacher, labels, chunk_bytes=rows * row_bytes, **options)
+    terms = student[0].double() * student[1][labels].double()
+    assert len(found) == 1
+    assert ((found[0] - terms.sum(1)).abs() <= gamma(width, "float32") * terms.abs().sum(1)).all()
 
 
 @pytest.mark.parametrize("mode", ["chunked", "no_logits"])

@@ -130,9 +130,7 @@ def _slope_tiles(
         top = tl.load(state + rows, mask=inside, other=0.0)
         factor = tl.load(state + num_rows + rows, mask=inside, other=0.0)
         own = tl.load(state + 2 * num_rows + rows, mask=inside, other=0.0)
-        label = tl.load(labels + rows, mask=inside, other=-1)
-        here = (label >= column) & (label < column + BLOCK_V)
-        own_id = tl.where(here, label - column, -1).to(tl.int32)[:, None]
+        _, own_id = tiles.labels_within(labels, rows, inside, column, BLOCK_V)
         ids = tl.arange(0, half)[None, :]
         slopes.store([row, column], _slopes(first, ids, own_id, top, factor, own, softcap, CAPPED).to(slopes.dtype))
         slopes.store(

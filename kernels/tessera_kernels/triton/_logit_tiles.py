@@ -81,6 +81,14 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def labels_within(labels, rows, inside, column, BLOCK_V: tl.constexpr):
+    """Return which rows have their label in a tile, and its column there or -1, [rows, 1]."""
+    label = tl.load(labels + rows, mask=inside, other=-1)
+    here = (label >= column) & (label < column + BLOCK_V)
+    return here, tl.where(here, label - column, -1).to(tl.int32)[:, None]
+
+
+@triton.jit
 def _without_label(raw, ids, own, left):
     """Return the label's product or 0, and the products with those of the label and behind the vocabulary's end lowest."""
     is_own = ids == own
@@ -120,9 +128,7 @@ def logit_tiles(
         first, second = halves(total, BLOCK_X, BLOCK_V)
         rows = row + tl.arange(0, BLOCK_X)
         inside = rows < num_rows
-        label = tl.load(labels + rows, mask=inside, other=-1)
-        here = (label >= column) & (label < column + BLOCK_V)
-        own = tl.where(here, label - column, -1).to(tl.int32)[:, None]
+        here, own = labels_within(labels, rows, inside, column, BLOCK_V)
         ids = tl.arange(0, half)[None, :]
         logit, first = _without_label(first, ids, own, vocab - column)
         more, second = _without_label(second, ids + half, own, vocab - column)
@@ -184,18 +190,19 @@ def finish_rows(
 
 @triton.jit
 def _quarter_sums(raw, top, ids, own, inv_tau, HARD: tl.constexpr, COLD: tl.constexpr):
-    """Return a quarter's sum at the temperature; at temperature 1 and without the label, sum and moment."""
+    """Return a quarter's sum at the temperature; the label's logit or 0; at temperature 1 and without it, sum and moment."""
     below = raw - top[:, None]
     e = tl.exp2(below * (inv_tau * LOG2_E))
     if HARD:
-        cold = tl.where(ids == own, 0.0, exp(below) if COLD else e)
-        return tl.sum(e, 1), tl.sum(cold, 1), tl.sum(cold * raw, 1)
-    return tl.sum(e, 1), top, top
+        is_own = ids == own
+        cold = tl.where(is_own, 0.0, exp(below) if COLD else e)
+        return tl.sum(e, 1), tl.sum(tl.where(is_own, raw, 0.0), 1), tl.sum(cold, 1), tl.sum(cold * raw, 1)
+    return tl.sum(e, 1), top, top, top
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def summed_logit_tiles(
-    hidden, head, logits, labels, partials, num_rows, vocab, width, inv_tau, HARD: tl.constexpr, COLD: tl.constexpr,
+    hidden, head, logits, labels, partials, found, num_rows, vocab, width, inv_tau, HARD: tl.constexpr, COLD: tl.constexpr,
     WRITE: tl.constexpr, LIFT: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):  # fmt: skip
@@ -211,9 +218,7 @@ def summed_logit_tiles(
         ids, left = tl.arange(0, quarter)[None, :], vocab - column
         own = tl.full([BLOCK_X, 1], -1, tl.int32)
         if HARD:
-            label = tl.load(labels + rows, mask=inside, other=-1)
-            here = (label >= column) & (label < column + BLOCK_V)
-            own = tl.where(here, label - column, -1).to(tl.int32)[:, None]
+            here, own = labels_within(labels, rows, inside, column, BLOCK_V)
         total = tl.where(tl.arange(0, BLOCK_V)[None, :] < left, total, LOWEST)
         top = tl.max(total, 1)
         first, second = halves(total, BLOCK_X, BLOCK_V)
@@ -221,21 +226,23 @@ def summed_logit_tiles(
         c, d = halves(second, BLOCK_X, BLOCK_V // 2)
         if WRITE:
             logits.store([row, column], a)
-        mass_a, rest_a, moment_a = _quarter_sums(a, top, ids, own, inv_tau, HARD, COLD)
+        mass_a, logit_a, rest_a, moment_a = _quarter_sums(a, top, ids, own, inv_tau, HARD, COLD)
         if WRITE:
             logits.store([row, column + quarter], b)
-        mass_b, rest_b, moment_b = _quarter_sums(b, top, ids + quarter, own, inv_tau, HARD, COLD)
+        mass_b, logit_b, rest_b, moment_b = _quarter_sums(b, top, ids + quarter, own, inv_tau, HARD, COLD)
         if WRITE:
             logits.store([row, column + 2 * quarter], c)
-        mass_c, rest_c, moment_c = _quarter_sums(c, top, ids + 2 * quarter, own, inv_tau, HARD, COLD)
+        mass_c, logit_c, rest_c, moment_c = _quarter_sums(c, top, ids + 2 * quarter, own, inv_tau, HARD, COLD)
         if WRITE:
             logits.store([row, column + 3 * quarter], d)
-        mass_d, rest_d, moment_d = _quarter_sums(d, top, ids + 3 * quarter, own, inv_tau, HARD, COLD)
+        mass_d, logit_d, rest_d, moment_d = _quarter_sums(d, top, ids + 3 * quarter, own, inv_tau, HARD, COLD)
         place = partials + block * num_rows + rows
         step = blocks_v * num_rows
         tl.store(place, top, mask=inside)
         tl.store(place + step, (mass_a + mass_b) + (mass_c + mass_d), mask=inside)
         if HARD:
+            if not WRITE:
+                tl.store(found + rows, (logit_a + logit_b) + (logit_c + logit_d), mask=here & inside)
             tl.store(place + 2 * step, (rest_a + rest_b) + (rest_c + rest_d), mask=inside)
             tl.store(place + 3 * step, (moment_a + moment_b) + (moment_c + moment_d), mask=inside)
 
@@ -315,24 +322,31 @@ def multiply_both(
     """
     blocks = triton.cdiv(len(student[1]), BLOCK_V)
     partials = torch.empty(6, blocks, len(student[0]), dtype=torch.float32, device=logits.device)
-    _multiply_model(student, logits[0], labels, partials[:4], inv_tau, hard)
-    _multiply_model(teacher, logits[1], labels, partials[4:], inv_tau, False)
+    _multiply_model(student, logits[0], labels, partials[:4], inv_tau, hard, partials)
+    _multiply_model(teacher, logits[1], labels, partials[4:], inv_tau, False, partials)
     return partials
 
 
-def sums_of_model(model: tuple[Tensor, Tensor], partials: Tensor, inv_tau: float) -> None:
-    """Write what each row and tile of a model's (hidden states, head) has of sums, [2, tiles, rows], and no logits."""
-    _multiply_model(model, None, partials, partials, inv_tau, False)
+def sums_of_model(
+    model: tuple[Tensor, Tensor], partials: Tensor, inv_tau: float, of_labels: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """Write what each row and tile of a model's (hidden states, head) has of sums, [2 or more, tiles, rows], and no logits.
+
+    With `of_labels`, labels that count from the head's first row and their logits (written): [4, tiles, rows].
+    """
+    labels, found = (partials, partials) if of_labels is None else of_labels
+    _multiply_model(model, None, labels, partials, inv_tau, of_labels is not None, found)
 
 
 def _multiply_model(
-    model: tuple[Tensor, Tensor], logits: Tensor | None, labels: Tensor, partials: Tensor, inv_tau: float, hard: bool
-) -> None:
+    model: tuple[Tensor, Tensor], logits: Tensor | None, labels: Tensor, partials: Tensor, inv_tau: float, hard: bool,
+    found: Tensor,
+) -> None:  # fmt: skip
     hidden, head = model
     grid = num_programs(triton.cdiv(len(hidden), BLOCK_X) * partials.shape[1], 1, hidden.device)
     out = partials if logits is None else TensorDescriptor.from_tensor(logits, [BLOCK_X, BLOCK_V // 4])
     summed_logit_tiles[(grid,)](
-        *operands(hidden, head), out, labels, partials, len(hidden), len(head), hidden.shape[1], inv_tau, HARD=hard,
+        *operands(hidden, head), out, labels, partials, found, len(hidden), len(head), hidden.shape[1], inv_tau, HARD=hard,
         COLD=hard and inv_tau != 1.0, WRITE=logits is not None, LIFT=is_interpreting(), FLATTEN=True, num_stages=STAGES,
         num_warps=8, **SHAPE,
     )  # fmt: skip

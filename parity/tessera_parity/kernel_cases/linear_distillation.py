@@ -34,6 +34,7 @@ MATH = "tessera_kernels/triton/_row_math.py"
 SERIES = "tessera_kernels/triton/_divergence_series.py"
 TILES = "tessera_kernels/triton/_logit_tiles.py"
 STRIPES = "tessera_kernels/triton/_divergence_tiles.py"
+STRIPE_KERNELS = "tessera_kernels/triton/_divergence_tile_kernels.py"
 SMALL_BLOCKS = LossConfig(block=32, num_warps=1, stages=1)
 TILED = LossConfig(block=32, num_warps=1, stages=1, product=2)
 """The product with sums in its epilogue, where the widths are multiples of 8 and the dtype is half a float32."""
@@ -191,6 +192,11 @@ def _magnitudes(case: Case, given: Tensors) -> dict[str, float]:
 
 _SUMMED = Case(dtype="bfloat16", wider=8, rows=9, vocab=597, config=TILED)
 _STRIPED = replace(_SUMMED, width=64, mode="no_logits", chunk_rows=1)  # stripes, the first within d head
+_BUGS_OF_STRIPES = (
+    replace(_STRIPED, vocab=5, label_weight=0.3, temperature=2.5, rows=5, ignored=0.0),
+    replace(_STRIPED, divergence="reverse_kl", seed=7, rows=5, vocab=1200),  # a row's maximum in the ninth tile
+    replace(_STRIPED, divergence="reverse_kl", vocab=70, label_weight=0.3, temperature=2.5, rows=5, ignored=0.0),
+)
 _LONG = LossConfig(product=2)  # blocks as for a GPU: few rows of few blocks keep the interpreter longer
 _BUGS_OF_TILES = (
     replace(_SUMMED, vocab=5, label_weight=1.0, ignored=0.0),
@@ -246,10 +252,8 @@ OP = KernelOp(
     ),
     bug_cases_of={
         TILES: _BUGS_OF_TILES,
-        STRIPES: (
-            replace(_STRIPED, vocab=5, label_weight=0.3, temperature=2.5, rows=5, ignored=0.0),
-            replace(_STRIPED, divergence="reverse_kl", seed=7, rows=5, vocab=1200),  # a row's maximum in the ninth tile
-        ),
+        STRIPES: _BUGS_OF_STRIPES,
+        STRIPE_KERNELS: _BUGS_OF_STRIPES,
     },
     bugs=(
         _bug(ROWS, "* moves + change * masses", "* moves"),  # missing rescale
@@ -262,18 +266,18 @@ OP = KernelOp(
         _bug(ROWS, "kept.to(tl.float32) * per_ratio - offset", "kept.to(tl.float32) * per_ratio"),
         _bug(ROWS, "exp((tops - top) * inv_tau) * tl.load(", "exp(tops - top) * tl.load("),
         _bug(ROWS, "rest = tl.sum(fall * tl.load(", "rest = tl.sum(tl.load("),
-        _bug(TILES, "cold = tl.where(ids == own, 0.0, exp(below) if COLD else e)", "cold = exp(below) if COLD else e"),
+        _bug(TILES, "cold = tl.where(is_own, 0.0, exp(below) if COLD else e)", "cold = exp(below) if COLD else e"),
         _bug(TILES, "total = tl.where(tl.arange(0, BLOCK_V)[None, :] < left, total, LOWEST)", "pass"),
         _bug(TILES, "logits.store([row, column + quarter], b)", "logits.store([row, column], b)"),
         _bug(ROWS, "loss += share if first_id == 0 else soft_weight * divergence", "loss = share"),  # lost tiles
         _bug(ROWS, "means = s_fall * (means + tl.where(masses == 0.0, 0.0, turn * masses))", "means = s_fall * means"),
-        _bug(STRIPES, "mass = past * mass +", "mass = mass +"),
-        _bug(STRIPES, "mean = past * (mean + (their_rise - rise) * scale * mass)", "mean = past * mean"),
-        _bug(STRIPES, "(b_mean + b_fall * b_own)", "b_mean"),
-        _bug(STRIPES, "q * (slope - slope_sum[:, None])", "q * slope"),
-        _bug(STRIPES, "before + ((term_a + term_b)", "((term_a + term_b)"),  # lost stripes
-        _bug(STRIPES, "counts & (ids < left)", "counts"),
-        _bug(STRIPES, "exp(below) if COLD else e)", "e)"),
+        _bug(STRIPE_KERNELS, "mass = past * mass +", "mass = mass +"),
+        _bug(STRIPE_KERNELS, "mean = past * (mean + (their_rise - rise) * scale * mass)", "mean = past * mean"),
+        _bug(STRIPE_KERNELS, "(b_mean + b_fall * b_own)", "b_mean"),
+        _bug(STRIPE_KERNELS, "q * (slope - slope_sum[:, None])", "q * slope"),
+        _bug(STRIPE_KERNELS, "before + ((term_a + term_b)", "((term_a + term_b)"),  # lost stripes
+        _bug(STRIPE_KERNELS, "counts & (ids < left)", "counts"),
+        _bug(STRIPE_KERNELS, "exp(below) if COLD else e)", "e)"),
         _bug(STRIPES, "sums.room_behind(ids.stop).view(torch.uint8)", "sums.room_behind(0).view(torch.uint8)"),
         _bug(SERIES, "return _sum((weight, teacher), (weight - 1.0, mixture)), _sum((weight - 1.0, mixture))",
               "return _sum((weight, teacher), (weight - 1.0, mixture)), _sum((weight, mixture))"),
