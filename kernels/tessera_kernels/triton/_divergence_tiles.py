@@ -86,20 +86,11 @@ def _first_pass(
     """Fold both models' sums over the vocabulary into the state."""
     (hidden, head), num_rows, vocab = student, len(student[0]), len(student[1])
     is_reverse, is_hard = options["KIND"] == REVERSE.value, options["HARD"]
-    tile_columns, partial_bytes = COLUMNS if is_reverse else tiles.BLOCK_V, 4 * PARTIALS
-    columns = max(1, (budget - STATE_BYTES * num_rows) // (partial_bytes * num_rows)) * tile_columns
-    theirs = hidden
+    tile_columns = COLUMNS if is_reverse else tiles.BLOCK_V
+    columns = max(1, (budget - STATE_BYTES * num_rows) // (4 * PARTIALS * num_rows)) * tile_columns
+    theirs = hidden  # of which forward KL reads nothing
     if is_reverse:
-        id_bytes = 4 + triton.cdiv(partial_bytes, tile_columns)
-        most = plan_columns(num_rows, vocab, id_bytes=id_bytes, state=STATE_BYTES + partial_bytes, budget=budget)
-        room = sums.room_behind(0)
-        free = min(room.nbytes // (4 * num_rows), columns) // tile_columns * tile_columns
-        columns = max(most // tile_columns * tile_columns or most, free)
-        line = min(columns, padded_columns(vocab))
-        place = (
-            room if free == columns else torch.empty(2 * num_rows * line, dtype=torch.bfloat16, device=hidden.device)
-        )
-        theirs = place[: 2 * num_rows * line].view(torch.float32).view(num_rows, line)
+        columns, theirs = _room_of_logits(num_rows, vocab, columns, sums, budget)
     for ids in pieces(vocab, columns):
         width = ids.stop - ids.start
         blocks = triton.cdiv(width, tile_columns)
@@ -121,6 +112,23 @@ def _first_pass(
             num_warps=4,
         )  # fmt: skip
         del partials  # the next stripe's take its memory
+
+
+def _room_of_logits(num_rows: int, vocab: int, most: int, sums: GradientSums, budget: int) -> tuple[int, Tensor]:
+    """Return how many ids, `most` of them at the most, a stripe of the teacher's logits has, and where it lies.
+
+    That is in d head, of which nothing is written yet, where more ids fit there than into the budget beside their sums.
+    """
+    sums_bytes, room = 4 * PARTIALS, sums.room_behind(0)
+    id_bytes = 4 + triton.cdiv(sums_bytes, COLUMNS)
+    own = plan_columns(num_rows, vocab, id_bytes=id_bytes, state=STATE_BYTES + sums_bytes, budget=budget)
+    own = own // COLUMNS * COLUMNS or own
+    free = min(room.nbytes // (4 * num_rows), most) // COLUMNS * COLUMNS
+    columns = max(own, free)
+    line = min(columns, padded_columns(vocab))
+    if free < columns:
+        room = torch.empty(2 * num_rows * line, dtype=torch.bfloat16, device=room.device)
+    return columns, room[: 2 * num_rows * line].view(torch.float32).view(num_rows, line)
 
 
 def _second_pass(
