@@ -16,7 +16,7 @@ from typing import Any
 
 EFFORTS: dict[tuple[str, str], dict[str, float]] = {
     ("cpu", "quick"): {"cases": 4, "seconds": 3, "example_seconds": 10, "repeats": 1, "rows": 2, "bug_seconds": 6},
-    ("cpu", "default"): {"cases": 60, "seconds": 6, "example_seconds": 90, "repeats": 1, "rows": 3, "bug_seconds": 8},
+    ("cpu", "default"): {"cases": 60, "seconds": 5, "example_seconds": 90, "repeats": 1, "rows": 3, "bug_seconds": 8},
     ("cpu", "full"): {"cases": 300, "seconds": 90, "example_seconds": 300, "repeats": 2, "rows": 3, "bug_seconds": 30},
     ("cuda", "quick"): {"cases": 20, "seconds": 20, "example_seconds": 60, "repeats": 20, "rows": 3, "bug_seconds": 10},
     ("cuda", "default"): {

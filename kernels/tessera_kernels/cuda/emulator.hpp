@@ -4,7 +4,9 @@
 // `emulator.cpp`, which is compiled once. What the hardware leaves undefined is an error there, told in one line.
 #pragma once
 
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS  // C's math.h alone: libstdc++'s is half of what compiling a kernel takes
 #include <math.h>
+#undef _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 #include <stdint.h>
 #include <string.h>
 

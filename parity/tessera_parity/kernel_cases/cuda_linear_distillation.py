@@ -13,6 +13,7 @@ from tessera_parity.kernel_cases.linear_distillation import OP as TRITON
 from tessera_parity.kernel_cases.linear_distillation import Case, run
 from tessera_parity.loading import Patch
 
+FOLDER = "tessera_kernels/cuda"
 LONG_BLOCKS = LossConfig(block=1024, num_warps=4, stages=1, product=3)
 """Long blocks for the row kernel: the interpreter takes as long for one as for a short one."""
 
@@ -43,10 +44,11 @@ def _cases(gpu: bool) -> SearchStrategy[Case]:
 
 
 def _bug(file: str, find: str, replace_by: str) -> Patch:
-    return Patch(file=f"tessera_kernels/cuda/{file}", find=find, replace=replace_by)
+    return Patch(file=f"{FOLDER}/{file}", find=find, replace=replace_by)
 
 
 _JSD = Case(dtype="bfloat16", wider=8, rows=9, vocab=300, divergence="generalized_jsd", config=LONG_BLOCKS)
+_PAIRED = replace(_JSD, rows=131, width=320, vocab=200, ignored=0.0)  # two blocks a cluster
 _RING, _LOGITS = "product_ring.cuh", "linear_logits.cu"
 
 OP = replace(
@@ -72,8 +74,9 @@ OP = replace(
         replace(_JSD, width=320, chunk_rows=3, ignored=0.0),  # more stages than the ring has, more chunks than one
         replace(_JSD, temperature=2.5, label_weight=0.3, ignored=0.0, vocab=530),
         replace(_JSD, divergence="forward_kl", label_weight=1.0, ignored=0.0, vocab=5),
-        replace(_JSD, rows=131, width=320, vocab=200, ignored=0.0),  # two blocks a cluster
+        _PAIRED,
     ),
+    bug_cases_of={f"{FOLDER}/{_RING}": (_PAIRED,)},
     bugs=(
         _bug(_RING, "step + slice > 0", "slice > 0"),
         _bug(_RING, "own_rank() * (COLUMNS / PAIR)", "0"),

@@ -181,8 +181,8 @@ OP = KernelOp(
     kernel=kernel,
     reference=reference,
     examples=(
-        FastCase(),
-        FastCase(family="qwen3", objective=1, dtype="bfloat16", seed=4, kernels="cuda"),
+        FastCase(seed=10),  # one layer, three documents: the bugs' case too
+        FastCase(family="qwen3", objective=1, dtype="bfloat16", seed=7, kernels="cuda"),
         FastCase(family="qwen3", objective=1, dtype="bfloat16", seed=1, kernels="fastest"),
         FastCase(family="mistral", objective=2, seed=2),
         FastCase(family="qwen2", objective=3, dtype="bfloat16", seed=3),
