@@ -149,6 +149,7 @@ def _calls(divergence: str, given: tuple[Tensor, ...], wide: tuple[Tensor, ...])
         calls["bfloat16, summed in bfloat16"] = partial(ours, *given, divergence=divergence, accumulate="head")
     if divergence in ("forward_kl", "reverse_kl") and not is_dry():
         calls["bfloat16, no logits"] = partial(ours, *given, divergence=divergence, mode="no_logits")
+        calls["bfloat16, no logits, labels 0.3"] = partial(calls["bfloat16, no logits"], label_weight=0.3)
     return calls
 
 
