@@ -24,6 +24,7 @@ def main() -> int:
     options = _options()
     from compile_launches import Recorder, launches
 
+    before = _read_listings(options.same_as)  # now: --sass may write into the same folder
     recorder = Recorder(arch=options.arch, only=options.kernel).install()
     clock, failed, done = time.perf_counter(), [], 0
     _say_versions(options.arch)
@@ -42,7 +43,7 @@ def main() -> int:
     print(f"{len(recorder.found)} kernels, {len(bad)} with a problem, {len(failed)} left out, "
           f"{time.perf_counter() - clock:.0f} s")  # fmt: skip
     if options.same_as:
-        _compare(recorder.found, options.same_as)
+        _compare(recorder.found, before, options.same_as)
     if not recorder.found:
         print("no kernel was compiled: expected at least one; try without --kernel and --shape", file=sys.stderr)
         return 2
@@ -171,19 +172,34 @@ def _listing(one: Any) -> str:
     return f"{one.op} {one.shape} {one.config}\n{one.constants}\n{sass_of(one.sass(), TOOLS)}"
 
 
-def _compare(found: list[Any], folder: Path) -> None:
-    """Print how many kernels are, instruction for instruction, what another commit wrote; name the others."""
+Listings = dict[tuple[str, str], list[list[str]]]
+"""Instructions of kernels by what they are for: shape and configuration, constants."""
+
+
+def _read_listings(folder: Path | None) -> Listings:
+    """Return what --sass wrote into a folder. A file that it did not write is like no kernel."""
+    found: Listings = {}
+    for path in sorted(folder.glob("*.sass")) if folder else []:
+        _keep(found, path.read_text(encoding="utf-8", errors="replace"))
+    return found
+
+
+def _keep(found: Listings, listing: str) -> tuple[str, str]:
     from compiled_code import encoded
 
-    before: dict[tuple[str, str], list[list[str]]] = {}
-    for path in sorted(folder.glob("*.sass")):
-        shape, constants, *lines = path.read_text(encoding="utf-8").splitlines()
-        before.setdefault((shape, constants), []).append(encoded(lines))
+    shape, constants, *lines = [*listing.splitlines(), "", ""]
+    found.setdefault((shape, constants), []).append(encoded(lines))
+    return shape, constants
+
+
+def _compare(found: list[Any], before: Listings, folder: Path) -> None:
+    """Print how many kernels are, instruction for instruction, what another commit wrote; name the others."""
     other = []
     for one in found:
-        shape, constants, *lines = _listing(one).splitlines()
-        if encoded(lines) not in before.get((shape, constants), []):
-            other.append(f"  {one.kernel}  {shape}  {constants}")
+        now: Listings = {}
+        place = _keep(now, _listing(one))
+        if now[place][0] not in before.get(place, []):
+            other.append("  " + "  ".join((one.kernel, *place)))
     print(f"{len(found) - len(other)} of {len(found)} kernels are what {folder} has", *other, sep="\n")
 
 

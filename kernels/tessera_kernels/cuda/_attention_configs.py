@@ -11,6 +11,9 @@ from tessera_kernels.launching import SHARED_BYTES
 
 DTYPES = (torch.bfloat16, torch.float16)
 
+BACKWARD_QUERIES = 64
+"""Queries that a step of the backward takes."""
+
 
 class CudaConfig(NamedTuple):
     """How the forward is cut up. Integers only: it travels through a custom op's schema."""

@@ -9,15 +9,14 @@ import functools
 import torch
 from torch import Tensor
 
-BACKWARD_QUERIES = 64
-"""Queries that a step of the backward takes."""
+from tessera_kernels.cuda._attention_configs import BACKWARD_QUERIES
 
 
 @functools.lru_cache(maxsize=256)
 def turns(sizes: tuple[int, ...], block_m: int, block_n: int, across: int) -> bool:
     """Do `across` blocks end sooner when every other wave of a dense forward's tiles runs backwards?
 
-    `sizes` as `_problem` has them.
+    `sizes` as `flash_attention._problem` has them.
     """
     sequences, queries, keys, heads, _, section, blocks, before, after = sizes
     first = torch.arange(blocks - 1, -1, -1, device="cpu") * block_m + keys - queries  # key positions of first queries

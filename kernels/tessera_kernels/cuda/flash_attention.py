@@ -30,8 +30,16 @@ from tessera_kernels.attention_rule import (
     unit_rows,
 )
 from tessera_kernels.checks import expect_choice
-from tessera_kernels.cuda._attention_configs import CONFIGS, DTYPES, CudaConfig, capability, choose_config, padded_width
-from tessera_kernels.cuda._attention_waves import BACKWARD_QUERIES, backward_turns, turns
+from tessera_kernels.cuda._attention_configs import (
+    BACKWARD_QUERIES,
+    CONFIGS,
+    DTYPES,
+    CudaConfig,
+    capability,
+    choose_config,
+    padded_width,
+)
+from tessera_kernels.cuda._attention_waves import backward_turns, turns
 from tessera_kernels.cuda._launch import Int64, Kernel, expect_cuda_device, launch, num_sms, tensor_map
 from tessera_kernels.launching import SHARED_BYTES, graph_op
 from tessera_kernels.triton.flash_attention import Attention, fake_backward, fake_forward

@@ -23,24 +23,11 @@ from tessera_kernels.triton._row_math import LOG2_E, LOWEST, exp, without_shortf
 
 
 @triton.jit
-def _quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    first, second = tiles.halves(tile, ROWS, COLUMNS)
-    a, b = tiles.halves(first, ROWS, COLUMNS // 2)
-    c, d = tiles.halves(second, ROWS, COLUMNS // 2)
-    return a, b, c, d
-
-
-@triton.jit
-def _quarter_sums(s, theirs, row, column, left, top, ids, own, inv_tau, HARD: tl.constexpr, COLD: tl.constexpr):
+def _sums_of_both(s, theirs, row, column, left, top, ids, own, inv_tau, HARD: tl.constexpr, COLD: tl.constexpr):
     """Return a quarter's sum e^u; the label's logit or 0, and without it sum e^s and s e^s; the teacher's maximum and sum,
     and sum e^u x log2 e as it is with that maximum."""
-    below, scale = s - top[:, None], inv_tau * LOG2_E
-    e = tl.exp2(below * scale)
-    logit, rest, moment = top, top, top
-    if HARD:
-        is_own = ids == own
-        cold = tl.where(is_own, 0.0, exp(below) if COLD else e)
-        logit, rest, moment = tl.sum(tl.where(is_own, s, 0.0), 1), tl.sum(cold, 1), tl.sum(cold * s, 1)
+    scale = inv_tau * LOG2_E
+    e, logit, rest, moment = tiles.powers_of_quarter(s, top, ids, own, inv_tau, HARD, COLD)
     t = tl.where(ids < left, theirs.load([row, column]), LOWEST)
     their_top = tl.max(t, 1)
     their_mass = tl.sum(tl.exp2((t - their_top[:, None]) * scale), 1)
@@ -77,18 +64,18 @@ def sum_tiles(
             here, own = tiles.labels_within(labels, rows, inside, column, BLOCK_V)
         total = tl.where(tl.arange(0, BLOCK_V)[None, :] < left, total, LOWEST)
         top = tl.max(total, 1)
-        a, b, c, d = _quarters(total, BLOCK_X, BLOCK_V)
+        a, b, c, d = tiles.quarters(total, BLOCK_X, BLOCK_V)
         ids = tl.arange(0, quarter)[None, :]
-        a_mass, a_logit, a_rest, a_moment, a_top, a_theirs, a_mean = _quarter_sums(
+        a_mass, a_logit, a_rest, a_moment, a_top, a_theirs, a_mean = _sums_of_both(
             a, theirs, row, column, left, top, ids, own, inv_tau, HARD, COLD
         )
-        b_mass, b_logit, b_rest, b_moment, b_top, b_theirs, b_mean = _quarter_sums(
+        b_mass, b_logit, b_rest, b_moment, b_top, b_theirs, b_mean = _sums_of_both(
             b, theirs, row, column + quarter, left, top, ids + quarter, own, inv_tau, HARD, COLD
         )
-        c_mass, c_logit, c_rest, c_moment, c_top, c_theirs, c_mean = _quarter_sums(
+        c_mass, c_logit, c_rest, c_moment, c_top, c_theirs, c_mean = _sums_of_both(
             c, theirs, row, column + 2 * quarter, left, top, ids + 2 * quarter, own, inv_tau, HARD, COLD
         )
-        d_mass, d_logit, d_rest, d_moment, d_top, d_theirs, d_mean = _quarter_sums(
+        d_mass, d_logit, d_rest, d_moment, d_top, d_theirs, d_mean = _sums_of_both(
             d, theirs, row, column + 3 * quarter, left, top, ids + 3 * quarter, own, inv_tau, HARD, COLD
         )
         tl.store(place, top, mask=inside)
@@ -246,7 +233,7 @@ def slope_tiles(
             _, own = tiles.labels_within(labels, rows, inside, column, BLOCK_V)
             hard_factor = tl.load(place + 7 * num_rows, mask=inside, other=0.0)
             hard_own = tl.load(place + 8 * num_rows, mask=inside, other=0.0)
-        a, b, c, d = _quarters(total, BLOCK_X, BLOCK_V)
+        a, b, c, d = tiles.quarters(total, BLOCK_X, BLOCK_V)
         ids = tl.arange(0, quarter)[None, :]
         term_a = _quarter_slopes(
             a, theirs, slopes, row, column, ids, own, left, top, their_top, share, their_share, shift, soft, slope_sum,

@@ -81,6 +81,15 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the four quarters of a tile's columns, in order."""
+    first, second = halves(tile, ROWS, COLUMNS)
+    a, b = halves(first, ROWS, COLUMNS // 2)
+    c, d = halves(second, ROWS, COLUMNS // 2)
+    return a, b, c, d
+
+
+@triton.jit
 def labels_within(labels, rows, inside, column, BLOCK_V: tl.constexpr):
     """Return which rows have their label in a tile, and its column there or -1, [rows, 1]."""
     label = tl.load(labels + rows, mask=inside, other=-1)
@@ -189,15 +198,18 @@ def finish_rows(
 
 
 @triton.jit
-def _quarter_sums(raw, top, ids, own, inv_tau, HARD: tl.constexpr, COLD: tl.constexpr):
-    """Return a quarter's sum at the temperature; the label's logit or 0; at temperature 1 and without it, sum and moment."""
+def powers_of_quarter(raw, top, ids, own, inv_tau, HARD: tl.constexpr, COLD: tl.constexpr):
+    """Return a quarter's powers at the temperature; the label's logit or 0; at temperature 1 and without it, sum and moment.
+
+    Who calls adds the powers up, last of all: in `sum_tiles` a sum that is taken here spills.
+    """
     below = raw - top[:, None]
     e = tl.exp2(below * (inv_tau * LOG2_E))
     if HARD:
         is_own = ids == own
         cold = tl.where(is_own, 0.0, exp(below) if COLD else e)
-        return tl.sum(e, 1), tl.sum(tl.where(is_own, raw, 0.0), 1), tl.sum(cold, 1), tl.sum(cold * raw, 1)
-    return tl.sum(e, 1), top, top, top
+        return e, tl.sum(tl.where(is_own, raw, 0.0), 1), tl.sum(cold, 1), tl.sum(cold * raw, 1)
+    return e, top, top, top
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -221,21 +233,23 @@ def summed_logit_tiles(
             here, own = labels_within(labels, rows, inside, column, BLOCK_V)
         total = tl.where(tl.arange(0, BLOCK_V)[None, :] < left, total, LOWEST)
         top = tl.max(total, 1)
-        first, second = halves(total, BLOCK_X, BLOCK_V)
-        a, b = halves(first, BLOCK_X, BLOCK_V // 2)
-        c, d = halves(second, BLOCK_X, BLOCK_V // 2)
+        a, b, c, d = quarters(total, BLOCK_X, BLOCK_V)
         if WRITE:
             logits.store([row, column], a)
-        mass_a, logit_a, rest_a, moment_a = _quarter_sums(a, top, ids, own, inv_tau, HARD, COLD)
+        e_a, logit_a, rest_a, moment_a = powers_of_quarter(a, top, ids, own, inv_tau, HARD, COLD)
+        mass_a = tl.sum(e_a, 1)
         if WRITE:
             logits.store([row, column + quarter], b)
-        mass_b, logit_b, rest_b, moment_b = _quarter_sums(b, top, ids + quarter, own, inv_tau, HARD, COLD)
+        e_b, logit_b, rest_b, moment_b = powers_of_quarter(b, top, ids + quarter, own, inv_tau, HARD, COLD)
+        mass_b = tl.sum(e_b, 1)
         if WRITE:
             logits.store([row, column + 2 * quarter], c)
-        mass_c, logit_c, rest_c, moment_c = _quarter_sums(c, top, ids + 2 * quarter, own, inv_tau, HARD, COLD)
+        e_c, logit_c, rest_c, moment_c = powers_of_quarter(c, top, ids + 2 * quarter, own, inv_tau, HARD, COLD)
+        mass_c = tl.sum(e_c, 1)
         if WRITE:
             logits.store([row, column + 3 * quarter], d)
-        mass_d, logit_d, rest_d, moment_d = _quarter_sums(d, top, ids + 3 * quarter, own, inv_tau, HARD, COLD)
+        e_d, logit_d, rest_d, moment_d = powers_of_quarter(d, top, ids + 3 * quarter, own, inv_tau, HARD, COLD)
+        mass_d = tl.sum(e_d, 1)
         place = partials + block * num_rows + rows
         step = blocks_v * num_rows
         tl.store(place, top, mask=inside)
@@ -322,8 +336,8 @@ def multiply_both(
     """
     blocks = triton.cdiv(len(student[1]), BLOCK_V)
     partials = torch.empty(6, blocks, len(student[0]), dtype=torch.float32, device=logits.device)
-    _multiply_model(student, logits[0], labels, partials[:4], inv_tau, hard, partials)
-    _multiply_model(teacher, logits[1], labels, partials[4:], inv_tau, False, partials)
+    _multiply_model(student, logits[0], partials[:4], inv_tau, (labels, partials) if hard else None)
+    _multiply_model(teacher, logits[1], partials[4:], inv_tau, None)
     return partials
 
 
@@ -334,15 +348,16 @@ def sums_of_model(
 
     With `of_labels`, labels that count from the head's first row and their logits (written): [4, tiles, rows].
     """
-    labels, found = (partials, partials) if of_labels is None else of_labels
-    _multiply_model(model, None, labels, partials, inv_tau, of_labels is not None, found)
+    _multiply_model(model, None, partials, inv_tau, of_labels)
 
 
 def _multiply_model(
-    model: tuple[Tensor, Tensor], logits: Tensor | None, labels: Tensor, partials: Tensor, inv_tau: float, hard: bool,
-    found: Tensor,
+    model: tuple[Tensor, Tensor], logits: Tensor | None, partials: Tensor, inv_tau: float,
+    of_labels: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
-    hidden, head = model
+    """`of_labels` are labels and where their logits go, which are written where no logits are."""
+    (hidden, head), hard = model, of_labels is not None
+    labels, found = of_labels or (partials, partials)
     grid = num_programs(triton.cdiv(len(hidden), BLOCK_X) * partials.shape[1], 1, hidden.device)
     out = partials if logits is None else TensorDescriptor.from_tensor(logits, [BLOCK_X, BLOCK_V // 4])
     summed_logit_tiles[(grid,)](

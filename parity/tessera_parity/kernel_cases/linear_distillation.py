@@ -267,6 +267,7 @@ OP = KernelOp(
         _bug(ROWS, "exp((tops - top) * inv_tau) * tl.load(", "exp(tops - top) * tl.load("),
         _bug(ROWS, "rest = tl.sum(fall * tl.load(", "rest = tl.sum(tl.load("),
         _bug(TILES, "cold = tl.where(is_own, 0.0, exp(below) if COLD else e)", "cold = exp(below) if COLD else e"),
+        _bug(TILES, "exp(below) if COLD else e)", "e)"),
         _bug(TILES, "total = tl.where(tl.arange(0, BLOCK_V)[None, :] < left, total, LOWEST)", "pass"),
         _bug(TILES, "logits.store([row, column + quarter], b)", "logits.store([row, column], b)"),
         _bug(ROWS, "loss += share if first_id == 0 else soft_weight * divergence", "loss = share"),  # lost tiles
@@ -277,7 +278,6 @@ OP = KernelOp(
         _bug(STRIPE_KERNELS, "q * (slope - slope_sum[:, None])", "q * slope"),
         _bug(STRIPE_KERNELS, "before + ((term_a + term_b)", "((term_a + term_b)"),  # lost stripes
         _bug(STRIPE_KERNELS, "counts & (ids < left)", "counts"),
-        _bug(STRIPE_KERNELS, "exp(below) if COLD else e)", "e)"),
         _bug(STRIPES, "sums.room_behind(ids.stop).view(torch.uint8)", "sums.room_behind(0).view(torch.uint8)"),
         _bug(SERIES, "return _sum((weight, teacher), (weight - 1.0, mixture)), _sum((weight - 1.0, mixture))",
               "return _sum((weight, teacher), (weight - 1.0, mixture)), _sum((weight, mixture))"),
