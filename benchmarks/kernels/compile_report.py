@@ -180,25 +180,24 @@ def _read_listings(folder: Path | None) -> Listings:
     """Return what --sass wrote into a folder. A file that it did not write is like no kernel."""
     found: Listings = {}
     for path in sorted(folder.glob("*.sass")) if folder else []:
-        _keep(found, path.read_text(encoding="utf-8", errors="replace"))
+        place, code = _parsed(path.read_text(encoding="utf-8", errors="replace"))
+        found.setdefault(place, []).append(code)
     return found
 
 
-def _keep(found: Listings, listing: str) -> tuple[str, str]:
+def _parsed(listing: str) -> tuple[tuple[str, str], list[str]]:
     from compiled_code import encoded
 
     shape, constants, *lines = [*listing.splitlines(), "", ""]
-    found.setdefault((shape, constants), []).append(encoded(lines))
-    return shape, constants
+    return (shape, constants), encoded(lines)
 
 
 def _compare(found: list[Any], before: Listings, folder: Path) -> None:
     """Print how many kernels are, instruction for instruction, what another commit wrote; name the others."""
     other = []
     for one in found:
-        now: Listings = {}
-        place = _keep(now, _listing(one))
-        if now[place][0] not in before.get(place, []):
+        place, code = _parsed(_listing(one))
+        if code not in before.get(place, []):
             other.append("  " + "  ".join((one.kernel, *place)))
     print(f"{len(found) - len(other)} of {len(found)} kernels are what {folder} has", *other, sep="\n")
 
